@@ -1,0 +1,1 @@
+"""Measurements of gradwatch; each file is a program: `python -m benchmarks.detection`."""
