@@ -2,7 +2,7 @@
 
     GradwatchError
     ├── ConfigurationError (ValueError)      a value that breaks a rule: names the thing, the rule and the value
-    │   └── UnknownNameError                 a rule, action, statistic or parameter that does not exist; lists the known ones
+    │   └── UnknownNameError                 a rule, action, statistic or parameter that is none; lists the known ones
     ├── ModelError (TypeError)               a model or optimizer that cannot be watched, and why
     ├── MissingDependencyError (ImportError) an optional package is absent; says which extra to install
     ├── RunError                             the run directory
@@ -46,9 +46,9 @@ class UnknownNameError(ConfigurationError):
     """A name that is none of the known ones.
 
     Examples:
-        >>> raise UnknownNameError.among("rule", "explodng", ["exploding", "vanishing"])
+        >>> raise UnknownNameError.among("rule", "explodng", ["exploding", "spike"])
         Traceback (most recent call last):
-        gradwatch.errors.UnknownNameError: unknown rule 'explodng'; did you mean 'exploding'? Known: exploding, vanishing
+        gradwatch.errors.UnknownNameError: unknown rule 'explodng'; did you mean 'exploding'? Known: exploding, spike
     """
 
     @classmethod

@@ -33,8 +33,8 @@ class RunContext:
 class Detector(ABC):
     """Looks at the record and yields findings.
 
-    Pure: what it yields depends on the steps it was fed and on nothing else (no clock, no randomness), and not on how the
-    steps were cut into batches. So a replay of the record finds what was found live (law 6).
+    Pure: what it yields depends on the steps it was fed and on nothing else (no clock, no randomness), and not on how
+    the steps were cut into batches. So a replay of the record finds what was found live (law 6).
     """
 
     #: The rules that this detector can find.

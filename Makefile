@@ -1,0 +1,65 @@
+# Every target makes what it needs: on a fresh machine `make demo` or `make test` is the only command.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+# What the tests need besides the package; add a framework's extra here to test against it.
+EXTRAS := torch,demo,dev
+TORCH := torch==2.13.0
+
+# The stamp's name carries what the environment was built from, so that a change builds it again and nothing else does.
+READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d' ' -f1)
+READY_DOCS := $(READY)-docs
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format docs bench lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Create the virtual environment in .venv
+
+demo: $(READY) ## Train on MNIST three times (healthy, sick, healed) and write a report; about two minutes
+	$(BIN)/gradwatch demo
+
+test: $(READY) ## Run the tests (ARGS="-k name" to choose, WORKERS=0 for one process)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(READY) ## Check format, lint rules, types and sizes
+	$(BIN)/ruff format --check --diff .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tests/sizes.py
+
+format: $(READY) ## Format the code and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(READY_DOCS) ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY) ## Measure the cost of watching; prints ratios against the plain loop
+	$(BIN)/python benchmarks/overhead.py
+
+lock: $(READY) ## Pin today's newest versions in constraints.txt
+	$(BIN)/python .ci/lock.py
+
+clean: ## Remove the virtual environment, caches and everything built
+	rm -rf $(VENV) build dist site runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): | $(BIN)/python
+	@echo "Installing gradwatch and its tools into $(VENV) (once)"
+	@rm -f $(VENV)/.ready-*
+	$(PIP) $(TORCH) --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(READY_DOCS): $(READY)
+	$(PIP) --editable ".[docs]"
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("gradwatch needs Python 3.11 or newer: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
