@@ -15,8 +15,8 @@ from tests import sizes
 #: A file imports only from rows above its own, and from its own folder. Folders stand for all their files.
 ROWS = (
     ("errors",),
-    ("records", "faults", "provenance"),
-    ("remedies", "rows"),
+    ("records", "faults"),
+    ("remedies", "rows", "provenance"),
     ("writer", "reader", "detectors", "diagnosis", "actions", "alerts", "sinks", "backends"),
     ("monitor", "reporters"),
     ("run", "settings"),
