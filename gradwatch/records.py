@@ -255,7 +255,7 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types."""
-        return _to_json(dataclasses.asdict(self))
+        return {key: _to_json(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -295,7 +295,7 @@ class ActionRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types."""
-        return _to_json(dataclasses.asdict(self))
+        return {key: _to_json(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -345,7 +345,7 @@ class RunInfo:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types."""
-        return _to_json(dataclasses.asdict(self))
+        return {key: _to_json(value) for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

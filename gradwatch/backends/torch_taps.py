@@ -1,0 +1,105 @@
+"""Taps on the torch functions that change gradients between backward and step, in place while someone watches.
+
+Clipping is seen through the module global that `clip_grad_norm_` itself calls, so that it is also seen in code that
+imported `clip_grad_norm_` before; `GradScaler` through its class. The last listener to leave restores the originals.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
+
+
+class GradientListener(Protocol):
+    """Who wants to know that gradients are about to be changed, or were."""
+
+    def before_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None: ...
+    def after_change(self) -> None: ...
+    def before_unscale(self, optimizer: Optimizer, scale: Tensor) -> None: ...
+    def before_scaler_step(self, optimizer: Optimizer) -> None: ...
+    def after_scaler_step(self, optimizer: Optimizer, scale: Tensor) -> None: ...
+
+
+_listeners: list[GradientListener] = []
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def listen(listener: GradientListener) -> None:
+    """Add a listener; the first one puts the taps in place."""
+    if not _listeners:
+        _install()
+    _listeners.append(listener)
+
+
+def leave(listener: GradientListener) -> None:
+    """Remove a listener; the last one removes the taps."""
+    if listener in _listeners:
+        _listeners.remove(listener)
+        if not _listeners:
+            while _originals:
+                owner, name, original = _originals.pop()
+                setattr(owner, name, original)
+
+
+def _install() -> None:
+    clip = clip_grad._clip_grads_with_norm_
+    _replace(clip_grad, "_clip_grads_with_norm_", _clip_tap)
+    if getattr(torch.nn.utils, "clip_grads_with_norm_", None) is clip:
+        _replace(torch.nn.utils, "clip_grads_with_norm_", _clip_tap)
+    _replace(torch.amp.GradScaler, "unscale_", _unscale_tap)
+    _replace(torch.amp.GradScaler, "step", _scaler_step_tap)
+
+
+def _replace(owner: Any, name: str, tap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    _originals.append((owner, name, original))
+    setattr(owner, name, functools.wraps(original)(tap(original)))
+
+
+def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def clip_grads_with_norm_(
+        parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
+    ) -> Any:
+        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for listener in tuple(_listeners):
+            listener.before_clip(held, max_norm, total_norm)
+        result = original(held, max_norm, total_norm, foreach)
+        for listener in tuple(_listeners):
+            listener.after_change()
+        return result
+
+    return clip_grads_with_norm_
+
+
+def _unscale_tap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def unscale_(self: Any, optimizer: Optimizer) -> Any:
+        scale = self._scale if self.is_enabled() else None
+        if scale is not None:
+            for listener in tuple(_listeners):
+                listener.before_unscale(optimizer, scale)
+        result = original(self, optimizer)
+        for listener in tuple(_listeners):
+            listener.after_change()
+        return result
+
+    return unscale_
+
+
+def _scaler_step_tap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_enabled():
+            return original(self, optimizer, *args, **kwargs)
+        for listener in tuple(_listeners):
+            listener.before_scaler_step(optimizer)
+        result = original(self, optimizer, *args, **kwargs)
+        for listener in tuple(_listeners):
+            listener.after_scaler_step(optimizer, self._scale)
+        return result
+
+    return step

@@ -1,0 +1,99 @@
+"""The pipeline of a run, the one file that knows all stages: record, detect, decide, tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from gradwatch.actions.base import Due
+from gradwatch.actions.policy import Policy
+from gradwatch.detectors.engine import Engine
+from gradwatch.faults import Faults
+from gradwatch.records import ActionRecord, Finding, StepBatch
+from gradwatch.writer import RunWriter
+
+
+class Listener(Protocol):
+    """What an alert channel or a sink is to the monitor; each has its own thread and queue and returns at once."""
+
+    def steps(self, batch: StepBatch) -> None: ...
+    def finding(self, finding: Finding) -> None: ...
+    def action(self, record: ActionRecord) -> None: ...
+    def close(self) -> None: ...
+
+
+class Monitor:
+    """Takes batches of steps and returns the action that is due.
+
+    Args:
+        writer: Where the record goes; None records nothing.
+        engine: The detectors.
+        policy: The actions.
+        listeners: Alerts and sinks.
+        faults: Keeps failures of each stage to itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        writer: RunWriter | None,
+        engine: Engine,
+        policy: Policy,
+        listeners: Sequence[Listener] = (),
+        faults: Faults,
+    ) -> None:
+        self.writer, self.engine, self.policy, self.listeners, self.faults = writer, engine, policy, listeners, faults
+        self.findings: dict[str, Finding] = {}
+
+    def feed(self, batch: StepBatch) -> Due | None:
+        """Record the batch, look for findings, tell about them, and say what is due before the next step."""
+        if self.writer:
+            self.faults.call("writer", self.writer.write, batch, default=None)
+        findings = self.faults.call("detectors", self._detect, batch, default=[])
+        for finding in findings:
+            self.report(finding)
+        self._tell("steps", batch)
+        if not self.policy.between:
+            return None
+        return self.faults.call("actions", self.policy.decide, int(batch.step[-1]) + 1, findings, default=None)
+
+    def report(self, finding: Finding) -> None:
+        """Note a finding: in the record, then to the listeners."""
+        self.findings[finding.id] = finding
+        urgent = finding.severity == "critical"
+        self._event("finding", finding.to_json(), sync=urgent)
+        self._tell("finding", finding)
+
+    def acted(self, due: Due, step: int) -> ActionRecord:
+        """Note that an action was applied before `step`."""
+        record = self.policy.applied(due, step)
+        self.record_action(record)
+        return record
+
+    def record_action(self, record: ActionRecord) -> None:
+        """Write an action, or its outcome, to the record and tell the listeners."""
+        self._event("action", record.to_json())
+        self._tell("action", record)
+
+    def mark(self, text: str, step: int) -> None:
+        """Note a line of the user's own in the record."""
+        self._event("mark", {"text": text, "step": step})
+
+    def close(self, status: str, detail: str, overhead: dict[str, Any]) -> None:
+        """Close every stage; the writer last."""
+        for listener in self.listeners:
+            self.faults.call(type(listener).__name__, listener.close, default=None)
+        if self.writer:
+            self.faults.call("writer", self.writer.update_info, overhead=overhead, default=None)
+            self.faults.call("writer", self.writer.close, status, detail, default=None)
+
+    def _detect(self, batch: StepBatch) -> list[Finding]:
+        return self.engine.update(batch, on_error=lambda name, error: self.faults.note(f"detector {name}", error))
+
+    def _event(self, kind: str, data: dict[str, Any], *, sync: bool = False) -> None:
+        if self.writer:
+            self.faults.call("writer", self.writer.event, kind, data, sync=sync, default=None)
+
+    def _tell(self, method: str, subject: object) -> None:
+        for listener in self.listeners:
+            self.faults.call(type(listener).__name__, getattr(listener, method), subject, default=None)

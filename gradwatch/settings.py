@@ -1,0 +1,68 @@
+"""What a watcher can be told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradwatch.actions.base import Action
+from gradwatch.detectors.base import Detector
+from gradwatch.errors import ConfigurationError, UnknownNameError
+from gradwatch.monitor import Listener
+from gradwatch.records import Finding, StepBatch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every kind of watcher is told.
+
+    Args:
+        run_dir: Directory of the record; None makes `runs/DATE-TIME-PID` in the working directory.
+        detectors: "default", or a list of rule names, detectors, and functions of a step batch.
+        actions: Remedies; none by default: watching alone changes nothing.
+        alerts: Channels that tell people.
+        sinks: Where numbers are mirrored live.
+        stats_every: Steps between samples of the dearer statistics (weight norm, update ratio, ...).
+        check_every: Steps between looks at the record; findings are the same, later by up to this many steps.
+        flush_every: Steps that a killed process loses at most.
+        flush_seconds: Seconds that a killed process loses at most.
+        resume: Go on with a run that ended.
+        overwrite: Replace a run that is there.
+        dry_run: Record what the actions would do; do nothing.
+        start_step: Number of the first step; by default 0, or what follows in a resumed run.
+    """
+
+    run_dir: str | os.PathLike[str] | None = None
+    detectors: str | Sequence[str | Detector | Callable[[StepBatch], Iterable[Finding]]] = "default"
+    actions: Sequence[Action] = ()
+    alerts: Sequence[Listener] = ()
+    sinks: Sequence[Listener] = ()
+    stats_every: int = 10
+    check_every: int = 1
+    flush_every: int = 50
+    flush_seconds: float = 2.0
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    start_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stats_every", "check_every", "flush_every"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigurationError.of(name, "an integer >= 1", value)
+        if not self.flush_seconds > 0:
+            raise ConfigurationError.of("flush_seconds", "> 0", self.flush_seconds)
+        if self.resume and self.overwrite:
+            raise ConfigurationError("'resume' and 'overwrite' exclude each other")
+
+
+def settings_from(given: dict[str, Any]) -> Settings:
+    """Settings from keyword arguments; an unknown one gets an error that names the closest."""
+    known = Settings.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            raise UnknownNameError.among("setting", name, known)
+    return Settings(**given)

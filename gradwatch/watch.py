@@ -1,0 +1,52 @@
+"""`gradwatch.watch`: one line for any framework, by the type of the model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from gradwatch.errors import ModelError
+from gradwatch.watcher import Watcher
+
+
+def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
+    """Watch the training of a model.
+
+    Records the gradient norm of every parameter at every optimizer step, looks for what goes wrong, and applies the
+    actions that were asked for. Without actions the training stays bit-identical.
+
+    Args:
+        model: A `torch.nn.Module`, compiled or not, or a Keras model.
+        optimizer: One optimizer, a list of them, or None for every optimizer that holds parameters of the model.
+        settings: `run_dir`, `actions`, `alerts`, `sinks`, `detectors` and the other fields of
+            `gradwatch.watcher.Settings`; for PyTorch also `loss_fn`, a loss module whose output is the loss.
+
+    Returns:
+        A watcher, also a context manager. `log(loss=loss)` adds numbers, `close()` ends it.
+
+    Raises:
+        ModelError: The model or the optimizer cannot be watched.
+        ConfigurationError: A setting breaks a rule.
+        RunExistsError: There is a run at `run_dir`; say `resume=True` or `overwrite=True`.
+        RunLockedError: Another process writes to `run_dir`.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with watch(model, optimizer, run_dir=tempfile.mkdtemp() + "/run") as watcher:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         loss = model(torch.ones(2, 3)).square().mean()
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         watcher.log(loss=loss)
+        >>> watcher.findings
+        []
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from gradwatch.integrations.torch import watch_torch
+
+        return watch_torch(model, optimizer, **settings)
+    raise ModelError(f"'model' must be a torch.nn.Module or a Keras model: {type(model).__name__}")

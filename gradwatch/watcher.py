@@ -1,0 +1,344 @@
+"""The watcher: takes measured steps one by one, runs the monitor over them, and is what the user holds."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from gradwatch.actions.base import Due
+from gradwatch.actions.policy import Policy
+from gradwatch.detectors.base import RunContext
+from gradwatch.detectors.engine import Engine
+from gradwatch.errors import ConfigurationError, UnknownNameError, WatcherClosedError
+from gradwatch.faults import Faults
+from gradwatch.monitor import Monitor
+from gradwatch.provenance import default_run_dir, provenance
+from gradwatch.records import (
+    MODULE_STATISTICS,
+    NOT_MEASURED,
+    PARAMETER_STATISTICS,
+    STAGES,
+    Finding,
+    Floats,
+    Parameter,
+    RunInfo,
+)
+from gradwatch.rows import Rows
+from gradwatch.settings import settings_from
+from gradwatch.writer import RunWriter
+
+
+class Watcher:
+    """Records steps, finds what goes wrong in them, and says what to do.
+
+    For a framework that gradwatch does not know: feed `observe` with the norms of each step. `gradwatch.watch` returns a
+    watcher that feeds itself.
+
+    Args:
+        parameters: What is measured, in the order of the arrays.
+        settings: Keyword arguments of `Settings`, such as `run_dir`.
+
+    Examples:
+        >>> import numpy as np, tempfile
+        >>> parameters = [Parameter("conv1.weight", depth=0), Parameter("fc.weight", depth=1)]
+        >>> with Watcher(parameters, run_dir=tempfile.mkdtemp() + "/run") as watcher:
+        ...     due = watcher.observe(step=0, grad_norm=np.array([0.5, 2.0]), loss=0.7)
+        >>> due
+        []
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], *, framework: str = "", **settings: Any) -> None:
+        self.settings = settings_from(settings)
+        self.faults = Faults()
+        self._parameters = _checked(parameters)
+        self._framework = framework
+        self._policy = Policy(self.settings.actions, dry_run=self.settings.dry_run)
+        self._engine = Engine(self.settings.detectors, self._context())
+        self._loaded: Mapping[str, Any] = {}
+        self._writer = RunWriter(
+            self.settings.run_dir or default_run_dir(),
+            self._info(),
+            overwrite=self.settings.overwrite,
+            resume=self.settings.resume,
+            flush_every=self.settings.flush_every,
+            flush_seconds=self.settings.flush_seconds,
+        )
+        listeners = [*self.settings.alerts, *self.settings.sinks]
+        self.monitor = Monitor(
+            writer=self._writer, engine=self._engine, policy=self._policy, listeners=listeners, faults=self.faults
+        )
+        self._rows = Rows(self._parameters, capacity=self.settings.check_every)
+        self._next_step = self.settings.start_step if self.settings.start_step is not None else self._writer.next_step
+        self._logged: dict[str, float] = {}
+        self._hook_seconds, self._hook_seconds_before, self._step_seconds, self._steps_seen = 0.0, 0.0, 0.0, 0
+        self._last_time = 0.0
+        self._closed = False
+        self._pid = os.getpid()
+        self._exit = _close_at_exit(self)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the record is."""
+        return Path(self._writer.path)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings so far, in order of their opening."""
+        return list(self.monitor.findings.values())
+
+    def observe(
+        self,
+        *,
+        grad_norm: Floats | Sequence[float],
+        step: int | None = None,
+        stage: str = "pre_clip",
+        statistics: Mapping[str, Floats] | None = None,
+        **metrics: float,
+    ) -> list[Due]:
+        """Take one step.
+
+        Args:
+            grad_norm: L2 norms of shape (p,), in the order of the parameters; NaN or inf as the gradient is,
+                `NOT_MEASURED` (minus infinity) for a parameter without gradient.
+            step: Its number; by default one more than the last.
+            stage: `pre_clip` or `post_clip`: where the norms were taken.
+            statistics: Names of `PARAMETER_STATISTICS` to arrays of shape (p,).
+            metrics: Such as `loss`, `lr`; anything else is recorded under its name.
+
+        Returns:
+            The actions that are due before the next step; the caller applies them and calls `applied`.
+
+        Raises:
+            WatcherClosedError: After `close`.
+            ConfigurationError: When an array has the wrong shape.
+        """
+        self._require_open()
+        norms = np.asarray(grad_norm, np.float32)
+        if norms.shape != (len(self._parameters),):
+            raise ConfigurationError.of("grad_norm", f"of shape ({len(self._parameters)},)", norms.shape)
+        if stage not in STAGES:
+            raise UnknownNameError.among("stage", stage, STAGES)
+        for name, values in (statistics or {}).items():
+            if name not in PARAMETER_STATISTICS + MODULE_STATISTICS:
+                raise UnknownNameError.among("statistic", name, PARAMETER_STATISTICS + MODULE_STATISTICS)
+            if np.shape(values) != norms.shape:
+                raise ConfigurationError.of(f"statistics[{name!r}]", f"of shape {norms.shape}", np.shape(values))
+        if step is not None and step < self._next_step:
+            raise ConfigurationError.of("step", f">= {self._next_step} (steps ascend)", step)
+        self._next_step = self._next_step if step is None else step
+        numbers = {name: float(value) for name, value in metrics.items()}
+        due = self._close_row(norms, numbers, statistics=dict(statistics or {}), stage=STAGES.index(stage))
+        return [due] if due else []
+
+    def applied(self, due: Due) -> None:
+        """Say that an action returned by `observe` was applied."""
+        self.monitor.acted(due, self._next_step)
+
+    def log(self, **numbers: Any) -> None:
+        """Add numbers to the record of the current step.
+
+        Args:
+            numbers: Names to numbers or scalar tensors, such as `loss=loss`.
+
+        Raises:
+            WatcherClosedError: After `close`.
+            ConfigurationError: For a value that is no number.
+        """
+        self._require_open()
+        for name, value in numbers.items():
+            self._logged[name] = number(name, value)
+
+    def mark(self, text: str) -> None:
+        """Note something in the record at the current step, such as "unfroze the backbone"."""
+        self._require_open()
+        self.monitor.mark(text, self._next_step)
+
+    def _close_row(
+        self,
+        norms: Floats,
+        metrics: dict[str, float],
+        *,
+        statistics: dict[str, Floats] | None = None,
+        stage: int = 0,
+        skip_reason: int = 0,
+    ) -> Due | None:
+        """Complete a step and, at every `check_every`-th, run the monitor over what has gathered."""
+        now = metrics.setdefault("time", time.time())
+        if self._last_time:
+            metrics.setdefault("step_time", now - self._last_time)
+        self._last_time = now
+        if self._logged:
+            metrics = {**metrics, **self._logged}
+            self._logged = {}
+        metrics.setdefault("global_norm", global_norm(norms))
+        metrics.setdefault("lr_factor", self._policy.state.lr_factor)
+        metrics.setdefault("skipped", float(skip_reason > 0))
+        self._rows.add(
+            self._next_step, norms, metrics, statistics=statistics, stage=stage, skip_reason=skip_reason
+        )
+        self._next_step += 1
+        self._steps_seen += 1
+        self._step_seconds += metrics.get("step_time", 0.0)
+        return self._check() if self._rows.is_full else None
+
+    def _check(self) -> Due | None:
+        return self.monitor.feed(self._rows.take()) if len(self._rows) else None
+
+    def _redescribe(self, parameters: Sequence[Parameter]) -> None:
+        """Take better descriptions of the same parameters (the order of execution), before the first step is closed."""
+        self._check()
+        self._parameters = tuple(parameters)
+        self._engine = self.monitor.engine = Engine(self.settings.detectors, self._context())
+        if self._loaded:
+            self._engine.load_state_dict(self._loaded)
+        self._new_columns()
+
+    def _gain(self, parameter: Parameter) -> None:
+        """Take one parameter more, which becomes the last column."""
+        self._check()
+        self._parameters = (*self._parameters, parameter)
+        self._engine.extend(self._context())
+        self._new_columns()
+
+    def _new_columns(self) -> None:
+        self._rows = Rows(self._parameters, capacity=self.settings.check_every)
+        self.faults.call("writer", self._writer.update_info, parameters=self._parameters, default=None)
+
+    def _context(self) -> RunContext:
+        return RunContext(self._parameters, framework=self._framework)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baselines of the detectors and state of the actions, for the user's own checkpoints."""
+        self._require_open()
+        self._check()
+        return {
+            "next_step": self._next_step,
+            "detectors": self._engine.state_dict(),
+            "actions": self._policy.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`: nothing is learnt anew after a resume.
+
+        Raises:
+            ConfigurationError: When the state belongs to other parameters, detectors or actions.
+        """
+        self._require_open()
+        self._loaded = state["detectors"]
+        self._engine.load_state_dict(self._loaded)
+        self._policy.load_state_dict(state["actions"])
+        self._next_step = int(state["next_step"])
+
+    def overhead(self) -> dict[str, Any]:
+        """What gradwatch costs this run, measured by itself: seconds in its hooks, bytes written, own failures."""
+        return {
+            "steps": self._steps_seen,
+            "hook_seconds": self._hook_seconds,
+            "step_seconds": self._step_seconds,
+            "bytes_written": self._writer.bytes_written,
+            "dropped_steps": self._writer.dropped_steps,
+            "errors": dict(self.faults.messages),
+        }
+
+    def close(self, status: str = "finished", detail: str = "") -> None:
+        """Flush the record and let go of everything. A second call does nothing."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        atexit.unregister(self._exit)
+        self.faults.call("check", self._check, default=None)
+        self.monitor.close(status, detail, self.overhead())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.close("crashed", f"{kind.__name__}: {error}")
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "watching"
+        return (
+            f"<{type(self).__name__} {state} {len(self._parameters)} parameters, "
+            f"{self._steps_seen} steps, {len(self.monitor.findings)} findings, run_dir={str(self.run_dir)!r}>"
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise WatcherClosedError(f"the watcher of {str(self.run_dir)!r} is closed")
+
+    def _info(self) -> RunInfo:
+        config = {
+            "detectors": self._engine.config(),
+            "actions": self._policy.config(),
+            "stats_every": self.settings.stats_every,
+            "check_every": self.settings.check_every,
+            "flush_every": self.settings.flush_every,
+            "dry_run": self.settings.dry_run,
+        }
+        return provenance(self._parameters, framework=self._framework, config=config)
+
+
+def global_norm(norms: Floats) -> float:
+    """Root of the sum of squares of what was measured; `NOT_MEASURED` when nothing was.
+
+    Examples:
+        >>> global_norm(np.array([3.0, 4.0, NOT_MEASURED]))
+        5.0
+    """
+    measured = norms[norms != NOT_MEASURED]
+    return float(np.sqrt(np.sum(np.square(measured, dtype=np.float64)))) if len(measured) else NOT_MEASURED
+
+
+def _checked(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
+    checked = tuple(parameters)
+    if not checked:
+        raise ConfigurationError.of("parameters", "a list of at least one gradwatch.Parameter", checked)
+    names = set()
+    for parameter in checked:
+        if not isinstance(parameter, Parameter):
+            raise ConfigurationError.of("parameters", "a list of gradwatch.Parameter", parameter)
+        if parameter.name in names:
+            raise ConfigurationError(f"two parameters are named {parameter.name!r}")
+        names.add(parameter.name)
+    return checked
+
+
+def number(name: str, value: Any) -> float:
+    """A logged value as a float; minus infinity, which stands for "not measured", becomes NaN."""
+    try:
+        number = float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError):
+        raise ConfigurationError.of(name, "a number or a scalar tensor", value) from None
+    return math.nan if number == NOT_MEASURED else number
+
+
+def _close_at_exit(watcher: Watcher) -> Callable[[], None]:
+    """Close at interpreter exit, without keeping the watcher alive until then."""
+    reference = weakref.ref(watcher)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            # The interpreter leaves the exception that ended it here before it runs what was registered with atexit.
+            error = getattr(sys, "last_value", None)
+            alive.close("crashed", f"{type(error).__name__}: {error}") if error else alive.close()
+
+    atexit.register(close)
+    return close
+
+
