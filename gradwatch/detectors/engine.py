@@ -1,0 +1,227 @@
+"""Runs the detectors over the steps of a run, live or in replay, and adds cause and advice to what they find."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from gradwatch import diagnosis
+from gradwatch.detectors.base import Detector, RunContext
+from gradwatch.detectors.catalogue import CATALOGUE
+from gradwatch.detectors.rule import Rule
+from gradwatch.detectors.signals import Signals
+from gradwatch.errors import ConfigurationError, UnknownNameError
+from gradwatch.records import Finding, StepBatch
+
+OwnRule = Callable[[StepBatch], Iterable[Finding]]
+Chosen = str | type[Detector] | Detector | OwnRule
+OnError = Callable[[str, Exception], object]
+
+
+class Engine:
+    """All detectors of a run.
+
+    Args:
+        detectors: "default" (every built-in rule), or a list of rule names, detector classes, detectors, and plain
+            functions that take a `StepBatch` and return findings.
+        context: What is known of the run.
+
+    Raises:
+        UnknownNameError: A rule that does not exist.
+        ConfigurationError: Something that is no detector.
+
+    Examples:
+        >>> from gradwatch.records import Parameter, StepBatch
+        >>> import numpy as np
+        >>> engine = Engine(["nonfinite"], RunContext((Parameter("fc.weight"),)))
+        >>> found = engine.update(StepBatch(engine.context.parameters, np.array([0]), np.array([[np.nan]])))
+        >>> found[0].rule, found[0].severity
+        ('nonfinite', 'critical')
+    """
+
+    def __init__(self, detectors: str | Sequence[Chosen], context: RunContext) -> None:
+        self.context = context
+        chosen: Sequence[Chosen]
+        if isinstance(detectors, str):
+            chosen = list(CATALOGUE) if detectors == "default" else [detectors]
+        else:
+            chosen = list(detectors)
+        self._detectors = [_made(one) for one in chosen]
+        self._signals = Signals()
+        self._signals.begin(context)
+        self._off: set[int] = set()
+        self._open: dict[str, Finding] = {}
+        for detector in self._detectors:
+            detector.start(context)
+
+    @property
+    def names(self) -> list[str]:
+        """The detectors' names, in order."""
+        return [_name(detector) for detector in self._detectors]
+
+    @property
+    def open_findings(self) -> list[Finding]:
+        """The findings that are open, as they stand now."""
+        current = {rule.current.id: self._diagnosed(rule.current) for rule in self._rules() if rule.current}
+        return [current.get(key, finding) for key, finding in self._open.items()]
+
+    def update(self, batch: StepBatch, on_error: OnError | None = None) -> list[Finding]:
+        """Findings that opened, changed or resolved in these steps, with message, cause and advice.
+
+        Args:
+            batch: Steps that follow those seen before.
+            on_error: Called with a detector's name and its exception; that detector is then switched off. Without it
+                the exception is raised.
+        """
+        if len(batch.parameters) > len(self.context.parameters):
+            self.extend(dataclasses.replace(self.context, parameters=batch.parameters))
+        found = self._run_rules(batch, on_error)
+        for i, detector in enumerate(self._detectors):
+            if not isinstance(detector, Rule) and i not in self._off:
+                found += self._guarded(i, on_error, detector.update, batch) or []
+        for finding in found:
+            if finding.is_open:
+                self._open[finding.id] = finding
+            else:
+                self._open.pop(finding.id, None)
+        return found
+
+    def extend(self, context: RunContext) -> None:
+        """Go on with a run that gained parameters; the old ones come first, unchanged."""
+        self._signals.grow(context)
+        for detector in self._detectors:
+            detector.extend(context)
+        self.context = context
+
+    def config(self) -> dict[str, Any]:
+        """The detectors and their thresholds as JSON; `from_config` builds an equal engine."""
+        return {"detectors": [{"name": _name(d), "config": d.config()} for d in self._detectors]}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], context: RunContext) -> Self:
+        """The engine that `config` describes. Detectors of the user's own cannot be rebuilt and are passed over."""
+        entries = config.get("detectors", "default")
+        if isinstance(entries, str):
+            return cls(entries, context)
+        known = [e for e in entries if e["name"] in CATALOGUE]
+        return cls([CATALOGUE[entry["name"]](**entry.get("config", {})) for entry in known], context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All state as numpy arrays and JSON types."""
+        return {
+            "signals": self._signals.remembered(),
+            "detectors": {f"{i}:{_name(d)}": d.state_dict() for i, d in enumerate(self._detectors)},
+            "open": {key: finding.to_json() for key, finding in self._open.items()},
+            "off": sorted(self._off),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state saved by `state_dict` of an engine with the same detectors and parameters.
+
+        Raises:
+            ConfigurationError: The state belongs to other detectors.
+        """
+        names = [f"{i}:{_name(d)}" for i, d in enumerate(self._detectors)]
+        if list(state["detectors"]) != names:
+            raise ConfigurationError.of("state", f"of detectors {names}", list(state["detectors"]))
+        self._signals.recall(state["signals"])
+        for name, detector in zip(names, self._detectors, strict=True):
+            detector.load_state_dict(state["detectors"][name])
+        self._open = {key: Finding.from_json(data) for key, data in state["open"].items()}
+        self._off = set(state["off"])
+
+    def _run_rules(self, batch: StepBatch, on_error: OnError | None) -> list[Finding]:
+        rules = [(i, d) for i, d in enumerate(self._detectors) if isinstance(d, Rule) and i not in self._off]
+        found: list[Finding] = []
+        if not rules:
+            return found
+        try:
+            for now in self._signals.advance(batch):
+                for i, rule in rules:
+                    if i not in self._off:
+                        self._guarded(i, on_error, rule.step, now)
+                        if rule.changes:
+                            found += [self._diagnosed(finding) for finding in rule.take()]
+        except Exception as error:
+            if on_error is None:
+                raise
+            self._off.update(i for i, _ in rules)
+            on_error("signals", error)
+        return found
+
+    def _rules(self) -> list[Rule]:
+        return [d for i, d in enumerate(self._detectors) if isinstance(d, Rule) and i not in self._off]
+
+    def _guarded(self, i: int, on_error: OnError | None, call: Callable[[Any], Any], subject: object) -> Any:
+        try:
+            return call(subject)
+        except Exception as error:
+            if on_error is None:
+                raise
+            self._off.add(i)
+            on_error(_name(self._detectors[i]), error)
+            return None
+
+    def _diagnosed(self, finding: Finding) -> Finding:
+        return diagnosis.diagnosed(finding, self.context)
+
+
+def replay(batches: Iterable[StepBatch], engine: Engine) -> list[Finding]:
+    """The findings of a whole run: the final state of each, in order of their opening."""
+    found: dict[str, Finding] = {}
+    for batch in batches:
+        found.update((finding.id, finding) for finding in engine.update(batch))
+    found.update((finding.id, finding) for finding in engine.open_findings)
+    return list(found.values())
+
+
+class FunctionDetector(Detector):
+    """A plain function over the step batch as a detector; it keeps whatever state it wants by itself."""
+
+    rules = ()
+
+    def __init__(self, function: OwnRule) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def start(self, context: RunContext) -> None:
+        """Nothing to prepare."""
+
+    def extend(self, context: RunContext) -> None:
+        """Nothing to prepare."""
+
+    def update(self, batch: StepBatch) -> list[Finding]:
+        """What the function returns."""
+        return list(self.function(batch) or ())
+
+    def config(self) -> dict[str, Any]:
+        """A function has no thresholds that could be written down."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A function's state is its own."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """A function's state is its own."""
+
+
+def _made(one: Chosen) -> Detector:
+    if isinstance(one, str):
+        if one not in CATALOGUE:
+            raise UnknownNameError.among("rule", one, CATALOGUE)
+        return CATALOGUE[one]()
+    if isinstance(one, Detector):
+        return one
+    if isinstance(one, type):
+        if issubclass(one, Detector):
+            return one()
+    elif callable(one):
+        return FunctionDetector(one)
+    rule = "rule names, Detector classes or instances, or functions of a StepBatch"
+    raise ConfigurationError.of("detectors", rule, one)
+
+
+def _name(detector: Detector) -> str:
+    return detector.rule if isinstance(detector, Rule) else getattr(detector, "name", type(detector).__name__)

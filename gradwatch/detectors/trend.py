@@ -1,0 +1,66 @@
+"""Sustained growth and decay of every layer: slopes of the log norm over a window, and how straight they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradwatch.detectors.memory import FloatArray, Kept, PerLayer, Remembers
+
+#: Steps in the window.
+WINDOW = 48
+#: Steps between evaluations: the window is summarised by this many means of four.
+EVERY = 4
+BLOCKS = WINDOW // EVERY
+
+
+def _regression() -> tuple[FloatArray, float]:
+    place = (np.arange(BLOCKS) - (BLOCKS - 1) / 2) * EVERY
+    return place / (place**2).sum(), float((place**2).sum())
+
+
+_SLOPE, _SPREAD = _regression()
+
+
+class Trend(Remembers):
+    """Slopes of the layers' log norms over the last 48 steps, from means of four steps, renewed every fourth.
+
+    Attributes:
+        slope: Nats per step, shape (l,); NaN until a window is full.
+        error: Standard error of the slope from the residuals, shape (l,).
+        early, late: Change over the first and the second half of the window, shape (l,), nats.
+        fresh: Whether this step brought them up to date.
+    """
+
+    count = Kept(0)
+    sum = PerLayer(0.0)
+    blocks = PerLayer(math.nan, rows=BLOCKS)
+    slope = PerLayer(math.nan)
+    error = PerLayer(math.nan)
+    early = PerLayer(math.nan)
+    late = PerLayer(math.nan)
+    fresh = Kept(False)
+
+    def add(self, logs: FloatArray) -> None:
+        """Take the log norms of a step."""
+        self.sum += logs
+        self.count += 1
+        self.fresh = self.count % EVERY == 0
+        if not self.fresh:
+            return
+        self.blocks[:-1] = self.blocks[1:]
+        self.blocks[-1] = self.sum / EVERY
+        self.sum[:] = 0.0
+        if self.count >= WINDOW:
+            self._fit()
+
+    def _fit(self) -> None:
+        blocks = self.blocks
+        self.slope = _SLOPE @ blocks
+        centred = blocks - blocks.mean(axis=0)
+        residual = np.einsum("ij,ij->j", centred, centred) - _SPREAD * self.slope**2
+        self.error = np.sqrt(np.maximum(residual, 1e-12) / ((BLOCKS - 2) * _SPREAD))
+        middle = blocks[BLOCKS // 2 - 1 : BLOCKS // 2 + 1].mean(axis=0)
+        self.early = middle - blocks[:2].mean(axis=0)
+        self.late = blocks[-2:].mean(axis=0) - middle
