@@ -43,7 +43,7 @@ class Faults:
             return function(*args, **kwargs)
         except StopTraining:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
             self.note(part, error)
             return default
 
@@ -55,5 +55,7 @@ class Faults:
             self.messages.setdefault(part, f"{type(error).__name__}: {error}")
         if first:
             logger.error(
-                "gradwatch: '%s' failed and is switched off; training goes on", part, exc_info=(type(error), error, error.__traceback__)
+                "gradwatch: '%s' failed and is switched off; training goes on",
+                part,
+                exc_info=(type(error), error, error.__traceback__),
             )

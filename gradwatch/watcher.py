@@ -41,8 +41,8 @@ from gradwatch.writer import RunWriter
 class Watcher:
     """Records steps, finds what goes wrong in them, and says what to do.
 
-    For a framework that gradwatch does not know: feed `observe` with the norms of each step. `gradwatch.watch` returns a
-    watcher that feeds itself.
+    For a framework that gradwatch does not know: feed `observe` with the norms of each step. `gradwatch.watch` returns
+    a watcher that feeds itself.
 
     Args:
         parameters: What is measured, in the order of the arrays.
@@ -183,9 +183,7 @@ class Watcher:
         metrics.setdefault("global_norm", global_norm(norms))
         metrics.setdefault("lr_factor", self._policy.state.lr_factor)
         metrics.setdefault("skipped", float(skip_reason > 0))
-        self._rows.add(
-            self._next_step, norms, metrics, statistics=statistics, stage=stage, skip_reason=skip_reason
-        )
+        self._rows.add(self._next_step, norms, metrics, statistics=statistics, stage=stage, skip_reason=skip_reason)
         self._next_step += 1
         self._steps_seen += 1
         self._step_seconds += metrics.get("step_time", 0.0)
@@ -340,5 +338,3 @@ def _close_at_exit(watcher: Watcher) -> Callable[[], None]:
 
     atexit.register(close)
     return close
-
-
