@@ -41,7 +41,7 @@ docs: $(READY_DOCS) ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY) ## Measure the cost of watching; prints ratios against the plain loop
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.overhead
 
 lock: $(READY) ## Pin today's newest versions in constraints.txt
 	$(BIN)/python .ci/lock.py

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 # wandb and mlflow are missing: their pins on shared packages do not go together with the rest.
-EXTRAS = "torch,tensorflow,jax,lightning,transformers,ignite,tensorboard,alerts,prometheus,serve,demo,dev,docs"
+EXTRAS = "torch,tensorflow,jax,lightning,transformers,ignite,tensorboard,alerts,prometheus,remote,serve,demo,dev,docs"
 HEADER = "# Versions that the tests run with. Written by `make lock`; edit pyproject.toml instead.\n"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
@@ -12,12 +14,14 @@ import pytest
 
 from tests import sizes
 
-#: A file imports only from rows above its own, and from its own folder. Folders stand for all their files.
+#: A file imports only from rows above its own, and from its own folder. A folder stands for all its files, except for
+#: those with a row of their own.
 ROWS = (
     ("errors",),
     ("records", "faults"),
-    ("remedies", "rows", "provenance"),
-    ("writer", "reader", "detectors", "diagnosis", "actions", "alerts", "sinks", "backends"),
+    ("detectors.base", "remedies", "rows", "probes", "provenance", "storage"),
+    ("diagnosis",),
+    ("writer", "reader", "detectors", "actions", "alerts", "sinks", "backends"),
     ("monitor", "reporters"),
     ("run", "settings"),
     ("watcher",),
@@ -29,6 +33,8 @@ ROWS = (
 )
 #: What may be imported at the top of a file that `import gradwatch` or a watcher loads.
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "lightning", "transformers", "accelerate", "ignite"}
+#: Declared name to the name in `import`, where they differ.
+IMPORTED_AS = {"pytorch_ignite": "ignite", "mlflow_skinny": "mlflow"}
 #: Where a framework may be imported at the top: these files are loaded only once it is in use.
 FRAMEWORK_FILES = ("backends/", "integrations/", "remedies", "preflight", "heal", "demo", "testing")
 
@@ -37,8 +43,8 @@ ROW_OF = {unit: row for row, units in enumerate(ROWS) for unit in units}
 
 
 def unit_of(module: str) -> str:
-    """The row table's word for a dotted module below gradwatch: its file or top folder."""
-    return module.partition(".")[0] or "__init__"
+    """The row table's word for a dotted module below gradwatch: the file itself or its top folder."""
+    return module if module in ROW_OF else module.partition(".")[0] or "__init__"
 
 
 def module_of(file: str) -> str:
@@ -55,22 +61,20 @@ def walk_at_run_time(node: ast.AST) -> Iterator[ast.AST]:
         yield from walk_at_run_time(child)
 
 
-def imports(file: str) -> set[str]:
-    """Modules of gradwatch, without the first part, that a file imports at its top or inside a function."""
-    modules = {module_of(other) for other in FILES}
-    found = set()
+def names_imported(file: str) -> Iterator[str]:
+    """The dotted names that a file imports, at its top or inside a function."""
     for node in walk_at_run_time(ast.parse((sizes.PACKAGE / file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            package, _, inner = name.partition(".")
-            if package == "gradwatch":
-                found.add(inner if inner in modules else inner.rpartition(".")[0])
-    return found - {module_of(file)}
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(file: str) -> set[str]:
+    """Modules of gradwatch, without the first part, that a file imports."""
+    modules = {module_of(other) for other in FILES}
+    inner = {name.removeprefix("gradwatch.") for name in names_imported(file) if name.startswith("gradwatch.")}
+    return {name if name in modules else name.rpartition(".")[0] for name in inner} - {module_of(file)}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -110,11 +114,18 @@ def test_relative_imports_are_not_used() -> None:
 
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith(FRAMEWORK_FILES)])
 def test_the_core_imports_no_framework(file: str) -> None:
-    tree = ast.parse((sizes.PACKAGE / file).read_text(encoding="utf-8"))
-    imported = {alias.name for node in walk_at_run_time(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "" for node in walk_at_run_time(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names_imported(file)} & FRAMEWORKS == set()
 
-    assert {name.partition(".")[0] for name in imported} & FRAMEWORKS == set()
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_package_that_is_imported_is_declared(file: str) -> None:
+    project = tomllib.loads((sizes.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[\[<>=]", word)[0].replace("-", "_") for group in groups for word in group}
+    declared |= {IMPORTED_AS.get(name, name) for name in declared} | sys.stdlib_module_names
+    imported = {name.partition(".")[0] for name in names_imported(file)}
+
+    assert imported - declared == set()
 
 
 def test_no_module_is_called_utils() -> None:
