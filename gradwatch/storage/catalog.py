@@ -1,0 +1,188 @@
+"""Which segments a run has, which of their steps count, and the facts of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradwatch.errors import RunCorruptError, RunError, RunFormatError
+from gradwatch.records import Ints, Parameter, RunInfo, Samples, StepBatch
+from gradwatch.storage.batches import join
+from gradwatch.storage.facts import Facts, decode_facts
+from gradwatch.storage.files import Files
+from gradwatch.storage.layout import GRAD_NORM, OPEN_SUFFIX, RUN_FILE, SAMPLES, SEALED_SUFFIX, STEPS, Layout, Stem
+from gradwatch.storage.segments import SealedSegment
+from gradwatch.storage.stream import StreamDecoder
+
+_EMPTY = Layout(())
+
+
+class StreamSegment:
+    """A segment that is not sealed: read whole and kept, read further on `refresh`.
+
+    Args:
+        files: Of the run.
+        path: Of the stream.
+    """
+
+    def __init__(self, files: Files, path: str) -> None:
+        self._files, self._path = files, path
+        self._decoder: StreamDecoder | None = None
+        self._batch = StepBatch((), np.empty(0, np.int64), np.empty((0, 0), np.float32))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what was appended since."""
+        tail = self._files.read(self._path, self._decoder.offset if self._decoder else 0)
+        if self._decoder is None:
+            try:
+                self._decoder = StreamDecoder(tail)
+            except RunCorruptError:
+                return  # not even the schema is there yet
+            tail = tail[self._decoder.offset :]
+        parameters = tuple(Parameter(name) for name in self.layout.parameters)
+        batches = list(self._decoder.decode(tail, parameters))
+        if batches:
+            self._batch = join([self._batch, *batches] if len(self._batch) else batches, self.layout)
+
+    @property
+    def layout(self) -> Layout:
+        """Its columns."""
+        return self._decoder.layout if self._decoder else _EMPTY
+
+    @property
+    def step(self) -> Ints:
+        """The steps, int64 of shape (n,)."""
+        return self._batch.step
+
+    @property
+    def count(self) -> int:
+        """How many steps."""
+        return len(self._batch)
+
+    def values(self, statistic: str, names: Sequence[str]) -> Samples:
+        """As `SealedSegment.values`."""
+        place = {name: i for i, name in enumerate(self.layout.names(statistic))}
+        columns = [place[name] for name in names]
+        if statistic == GRAD_NORM:
+            return Samples(np.arange(self.count), self._batch.grad_norm[:, columns])
+        samples = self._batch.statistics.get(statistic)
+        if samples is None:
+            return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
+        return Samples(samples.rows, samples.values[:, columns])
+
+    def batch(self, parameters: tuple[Parameter, ...], statistics: Sequence[str] | None) -> StepBatch:
+        """The whole segment."""
+        kept = {k: v for k, v in self._batch.statistics.items() if statistics is None or k in statistics}
+        return dataclasses.replace(self._batch, parameters=parameters, statistics=kept)
+
+
+Segment = StreamSegment | SealedSegment
+
+
+class Catalog:
+    """The segments of a run in the order of writing.
+
+    Args:
+        files: Of the run.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._sealed: dict[Stem, SealedSegment] = {}
+        self._streams: dict[Stem, StreamSegment] = {}
+        self._names: dict[Stem, str] = {}
+        #: What could not be read, in words.
+        self.damage: dict[str, str] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look which segments there are now, and read on in those that still grow."""
+        names: dict[Stem, str] = {}
+        for name in self._files.listing(STEPS):
+            text, dot, suffix = name.partition(".")
+            stem = Stem.parse(text)
+            # While a segment is being sealed, both files are there; the sealed one counts.
+            if stem and (dot + suffix == SEALED_SUFFIX or (dot + suffix == OPEN_SUFFIX and stem not in names)):
+                names[stem] = name
+        self._names = dict(sorted(names.items()))
+        self._streams = {stem: s for stem, s in self._streams.items() if self._names.get(stem, "").endswith(OPEN_SUFFIX)}
+        for stem in list(self._streams):
+            try:
+                self._streams[stem].refresh()
+            except FileNotFoundError:
+                del self._streams[stem]
+
+    def stems(self) -> list[Stem]:
+        """The segments in the order of writing."""
+        return list(self._names)
+
+    def is_sealed(self, stem: Stem) -> bool:
+        """Whether the segment is Parquet already."""
+        return self._names[stem].endswith(SEALED_SUFFIX)
+
+    def limit(self, stem: Stem) -> int | None:
+        """The step from which on a later segment answers; None for the last segment."""
+        return min((other.first for other in self._names if other.sequence > stem.sequence), default=None)
+
+    def segment(self, stem: Stem) -> Segment:
+        """The segment; RunError when it cannot be read."""
+        if not self.is_sealed(stem):
+            try:
+                if stem not in self._streams:
+                    self._streams[stem] = StreamSegment(self._files, f"{STEPS}/{stem}{OPEN_SUFFIX}")
+                return self._streams[stem]
+            except FileNotFoundError:  # sealed since we looked
+                self._names[stem] = f"{stem}{SEALED_SUFFIX}"
+        if stem not in self._sealed:
+            sealed = f"{stem}{SEALED_SUFFIX}"
+            self._sealed[stem] = SealedSegment(self._files.open, f"{STEPS}/{sealed}", f"{SAMPLES}/{sealed}")
+        return self._sealed[stem]
+
+    def readable(self) -> list[tuple[Stem, Segment, slice]]:
+        """The segments that can be read, each with the rows that count; what cannot be read is noted in `damage`."""
+        found = []
+        for stem in self.stems():
+            try:
+                segment = self.segment(stem)
+                rows = self._rows_that_count(stem, segment)
+            except RunError as error:
+                self.damage[str(stem)] = str(error)
+                continue
+            if rows.stop:
+                found.append((stem, segment, rows))
+        return found
+
+    def _rows_that_count(self, stem: Stem, segment: Segment) -> slice:
+        limit = self.limit(stem)
+        count = segment.count
+        if limit is not None and count and limit <= int(segment.step[-1]):
+            count = int(np.searchsorted(segment.step, limit))
+        return slice(0, count)
+
+    def last_step(self) -> int:
+        """The last step that was recorded; -1 when none was."""
+        found = self.readable()
+        return max((int(segment.step[rows.stop - 1]) for _, segment, rows in found), default=-1)
+
+    def facts(self, where: str = RUN_FILE) -> Facts:
+        """The content of `run.json`; when it is missing or damaged, as much as the segments tell.
+
+        Raises:
+            RunFormatError: When the directory is not one of gradwatch, or of a newer one.
+            RunCorruptError: When nothing tells what the run was.
+        """
+        try:
+            return decode_facts(self._files.read(RUN_FILE), where)
+        except (RunCorruptError, FileNotFoundError) as error:
+            parameters: list[str] = []
+            for _, segment, _ in self.readable():
+                parameters += segment.layout.parameters
+            if not parameters:
+                raise RunCorruptError(f"{where} is missing or damaged, and there are no steps: {error}") from error
+            self.damage[RUN_FILE] = str(error)
+            return Facts(RunInfo(tuple(Parameter(name) for name in dict.fromkeys(parameters)), started=time.time()))

@@ -1,0 +1,66 @@
+"""The few operations on files that a writer needs, in one place, so that a test can make each of them fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from gradwatch.storage.layout import TEMPORARY_SUFFIX
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
+class Disk:
+    """Appends to files and replaces files as a whole."""
+
+    def open(self, path: Path) -> int:
+        """Open for `append`, creating the file if missing; a symbolic link is refused."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW | _BINARY, 0o644)
+
+    def append(self, file: int, data: bytes) -> None:
+        """Append all of `data`, or raise OSError; then part of it may be there."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(file, view) :]
+
+    def truncate(self, file: int, size: int) -> None:
+        """Take back what an append that failed has left."""
+        os.ftruncate(file, size)
+
+    def sync(self, file: int) -> None:
+        """Return when the content is safe from a power cut."""
+        os.fsync(file)
+
+    def replace(self, path: Path, data: Any, *, sync: bool) -> None:
+        """Write `data` (anything with a buffer) and put it in the place of `path` at once: old content or new, no mixture."""
+        temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+        try:
+            with temporary.open("wb") as file:
+                file.write(memoryview(data))
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        if sync:
+            self.sync_folder(path.parent)
+
+    def sync_folder(self, path: Path) -> None:
+        """Make the names in a folder survive a power cut, where the system can."""
+        if not hasattr(os, "O_DIRECTORY"):  # Windows keeps a journal of names of its own
+            return
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; none there is fine."""
+        path.unlink(missing_ok=True)

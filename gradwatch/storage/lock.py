@@ -1,0 +1,114 @@
+"""One writer per run directory: a lock of the operating system, which dies with the process that holds it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+import weakref
+from pathlib import Path
+
+from gradwatch.errors import RunLockedError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+#: How often and how long a writer tries: a reader that looks whether the lock is free holds it for an instant.
+_ATTEMPTS, _PAUSE = 10, 0.02
+_BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
+
+
+class Lock:
+    """Holds the lock of a run directory until `release` or the death of the process.
+
+    A forked child closes its copy of the file at once: it neither holds the lock nor keeps it alive after its parent.
+
+    Args:
+        path: The lock file; created if missing, never deleted (deleting it would let two writers in).
+
+    Raises:
+        RunLockedError: When another writer, in this process or any other, holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        for attempt in range(_ATTEMPTS):
+            if _try_lock(self._file, shared=False):
+                break
+            if attempt == _ATTEMPTS - 1:
+                holder = describe_holder(path)
+                self._close()
+                raise RunLockedError(f"{path.parent} is being written by {holder}: choose another directory, or stop it")
+            time.sleep(_PAUSE)
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only its holder goes unnamed
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, content, 0) if hasattr(os, "pwrite") else os.write(self._file, content)
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let the next writer in; a second call does nothing."""
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+
+#: Locks of this process, to be let go in a forked child.
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    for lock in list(_held):
+        lock._close()  # noqa: SLF001 -- the same file's class
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+def describe_holder(path: Path) -> str:
+    """Who wrote the lock file last, in words."""
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def is_locked(path: Path) -> bool | None:
+    """Whether a live writer holds the lock; None when that cannot be told (no lock file, a file system without locks)."""
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        return not _try_lock(file, shared=True)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+
+
+def _try_lock(file: int, *, shared: bool) -> bool:
+    """Whether the lock could be taken; it goes when the file is closed."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        else:  # far beyond the content, which must stay readable for others
+            os.lseek(file, 1 << 20, os.SEEK_SET)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno in _BUSY:
+            return False
+        if shared or error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
+            raise
+    return True

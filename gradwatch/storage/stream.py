@@ -1,0 +1,193 @@
+"""The open segment: an Arrow IPC stream that grows by a record batch per flush, each with a checksum.
+
+A statistic is one list column here (all names in a row), so that a flush costs the same for ten parameters and for ten
+thousand; sealing turns the lists into columns.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gradwatch.errors import RunCorruptError, RunFormatError
+from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Floats, Ints, Parameter, Samples, StepBatch
+from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
+
+CHECKSUM = "crc32"
+
+
+def schema_of(layout: Layout) -> pa.Schema:
+    """Schema of the open segment."""
+    fields = [pa.field("step", pa.int64()), pa.field("stage", pa.string()), pa.field("skip_reason", pa.string())]
+    fields += [pa.field(metric_column(name), pa.float64()) for name in layout.metrics]
+    fields += [pa.field(name, pa.list_(pa.float32())) for name in (GRAD_NORM, *layout.statistics)]
+    return pa.schema(fields, metadata=layout.metadata())
+
+
+class StreamEncoder:
+    """Turns batches into the bytes that are to be appended to the file.
+
+    Args:
+        layout: Of the segment.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._schema = schema_of(layout)
+        self._parts: list[bytes] = []
+        self._stream = pa.ipc.new_stream(_Collector(self._parts.append), self._schema)
+        #: The first bytes of the file; the stream itself writes them together with the first record batch.
+        self.head = self._schema.serialize().to_pybytes()
+
+    def encode(self, batch: StepBatch) -> bytes:
+        """The bytes of one record batch."""
+        rows = encode_rows(batch, self.layout, self._schema)
+        self._stream.write_batch(rows, custom_metadata={CHECKSUM: str(checksum(rows))})
+        data = b"".join(self._parts).removeprefix(self.head)
+        self._parts.clear()
+        return data
+
+
+class _Collector(io.RawIOBase):
+    """A file that hands what is written to a function."""
+
+    def __init__(self, take: Callable[[bytes], None]) -> None:
+        self._take = take
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._take(bytes(data))
+        return len(data)
+
+
+def encode_rows(batch: StepBatch, layout: Layout, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch as Arrow columns; `NOT_MEASURED` becomes null."""
+    columns = [pa.array(np.asarray(batch.step, np.int64)), words(STAGES, batch.stage), words(SKIP_REASONS, batch.skip_reason)]
+    columns += [nullable(np.asarray(batch.metric(name), np.float64)) for name in layout.metrics]
+    columns.append(_lists(np.arange(len(batch)), batch.grad_norm, len(batch)))
+    for name in layout.statistics:
+        samples = batch.statistics.get(name)
+        if samples is None:
+            columns.append(pa.nulls(len(batch), pa.list_(pa.float32())))
+        else:
+            columns.append(_lists(samples.rows, samples.values, len(batch)))
+    return pa.record_batch(columns, schema=schema)
+
+
+def words(table: tuple[str, ...], codes: Ints) -> pa.Array:
+    """Strings from indices into a table."""
+    return pa.array(table, pa.string()).take(pa.array(np.asarray(codes, np.int8)))
+
+
+def codes(table: tuple[str, ...], strings: pa.Array) -> Ints:
+    """Indices into a table from strings; a word of a later version reads as the first."""
+    found = pc.fill_null(pc.index_in(strings, pa.array(table, pa.string())), 0)
+    return np.array(found.to_numpy(zero_copy_only=False), np.int8)
+
+
+def nullable(values: Floats) -> pa.Array:
+    """A float column; `NOT_MEASURED` becomes null, NaN stays NaN."""
+    absent = values == NOT_MEASURED
+    return pa.array(values, mask=absent) if absent.any() else pa.array(values)
+
+
+def measured(column: pa.Array | pa.ChunkedArray) -> Floats:
+    """The inverse of `nullable`, a copy that can be written to."""
+    filled = pc.fill_null(column, pa.scalar(NOT_MEASURED, column.type)) if column.null_count else column
+    return np.array(filled.to_numpy(zero_copy_only=False) if isinstance(filled, pa.Array) else filled.to_numpy())
+
+
+def _lists(rows: Ints, values: Floats, n: int) -> pa.Array:
+    """A list column of n rows that holds `values[i]` in `rows[i]` and null elsewhere."""
+    width = values.shape[1]
+    present = np.zeros(n, bool)
+    present[rows] = True
+    offsets = pa.array(np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32))
+    child = nullable(np.ascontiguousarray(values, np.float32).reshape(-1))
+    if present.all():
+        return pa.ListArray.from_arrays(offsets, child)
+    return pa.ListArray.from_arrays(offsets, child, mask=pa.array(~present))
+
+
+def checksum(rows: pa.RecordBatch) -> int:
+    """CRC-32 over the buffers of all columns, in order; a bitmap that says "all valid" does not count."""
+    value = 0
+    for column in rows.columns:
+        buffers = column.buffers()
+        for buffer in buffers if column.null_count else buffers[1:]:
+            if buffer is not None:
+                value = zlib.crc32(buffer, value)
+    return value
+
+
+class StreamDecoder:
+    """Reads an open segment that may still grow, may be torn, may be damaged.
+
+    Args:
+        head: The first bytes of the file, at least its schema.
+
+    Raises:
+        RunCorruptError: When the schema is torn or damaged.
+        RunFormatError: When it is not one of ours.
+    """
+
+    def __init__(self, head: bytes) -> None:
+        source = pa.BufferReader(pa.py_buffer(head))
+        try:
+            schema = pa.ipc.open_stream(source).schema
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise RunCorruptError("the segment does not begin with a schema") from error
+        self.layout = Layout.from_metadata(schema.metadata)
+        if not schema.equals(schema_of(self.layout)):
+            raise RunFormatError("the segment has other columns than it says")
+        #: How many bytes of the file have been read.
+        self.offset = source.tell()
+        self._head = head[: self.offset]
+
+    def decode(self, tail: bytes, parameters: tuple[Parameter, ...]) -> Iterator[StepBatch]:
+        """The whole record batches of the file from `offset` on, up to the first that is torn or damaged."""
+        source = pa.BufferReader(pa.py_buffer(self._head + tail))
+        try:
+            stream = pa.ipc.open_stream(source)
+            while True:
+                before = source.tell()
+                rows, metadata = stream.read_next_batch_with_custom_metadata()
+                rows.validate(full=True)
+                if metadata is None or int(metadata[CHECKSUM]) != checksum(rows):
+                    return
+                batch = decode_rows(rows, self.layout, parameters)
+                self.offset += source.tell() - before
+                yield batch
+        except (pa.ArrowException, StopIteration, OSError, ValueError, KeyError, IndexError):
+            return
+
+
+def decode_rows(rows: pa.RecordBatch, layout: Layout, parameters: tuple[Parameter, ...]) -> StepBatch:
+    """The inverse of `encode_rows`."""
+    n = rows.num_rows
+    metrics = {name: measured(rows.column(metric_column(name))) for name in layout.metrics}
+    samples = {name: _samples(rows.column(name), len(layout.names(name))) for name in layout.statistics}
+    return StepBatch(
+        parameters=parameters,
+        step=np.array(rows.column("step").to_numpy(zero_copy_only=False), np.int64),
+        grad_norm=_samples(rows.column(GRAD_NORM), len(layout.parameters)).values.reshape(n, len(layout.parameters)),
+        metrics=metrics,
+        statistics={name: found for name, found in samples.items() if len(found.rows)},
+        modules=layout.modules,
+        stage=codes(STAGES, rows.column("stage")),
+        skip_reason=codes(SKIP_REASONS, rows.column("skip_reason")),
+    )
+
+
+def _samples(column: pa.ListArray, width: int) -> Samples:
+    present = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    values = measured(column.flatten())
+    return Samples(rows=present, values=values.reshape(len(present), width).astype(np.float32, copy=False))
