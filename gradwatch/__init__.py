@@ -10,43 +10,66 @@ from __future__ import annotations
 import importlib
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # what type checkers take for True; importing typing would be most of our own time
 if TYPE_CHECKING:
+    from gradwatch import detectors as detectors
     from gradwatch import errors as errors
+    from gradwatch.actions import Clip as Clip
+    from gradwatch.actions import DecayLR as DecayLR
+    from gradwatch.actions import SkipStep as SkipStep
     from gradwatch.errors import GradwatchError as GradwatchError
     from gradwatch.errors import StopTraining as StopTraining
+    from gradwatch.preflight import preflight as preflight
     from gradwatch.records import Parameter as Parameter
+    from gradwatch.watch import watch as watch
+    from gradwatch.watcher import Watcher as Watcher
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "Clip",
+    "DecayLR",
     "GradwatchError",
     "Parameter",
+    "SkipStep",
     "StopTraining",
+    "Watcher",
+    "detectors",
     "errors",
+    "preflight",
+    "watch",
 ]
 
 #: Public class or function to the module that holds it.
 _HOMES = {
+    "Clip": "gradwatch.actions",
+    "DecayLR": "gradwatch.actions",
     "GradwatchError": "gradwatch.errors",
     "Parameter": "gradwatch.records",
+    "SkipStep": "gradwatch.actions",
     "StopTraining": "gradwatch.errors",
+    "Watcher": "gradwatch.watcher",
+    "preflight": "gradwatch.preflight",
+    "watch": "gradwatch.watch",
 }
 #: Public module to the module it is.
 _MODULES = {
+    "detectors": "gradwatch.detectors",
     "errors": "gradwatch.errors",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # else a type checker would believe that every name is there
+
+    def __getattr__(name: str) -> object:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+        elif name in _MODULES:
+            value = importlib.import_module(_MODULES[name])
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
