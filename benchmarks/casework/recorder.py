@@ -15,8 +15,8 @@ from gradwatch.records import NOT_MEASURED, Parameter, Samples, StepBatch
 ACTIVATIONS = (
     nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softmax, nn.Softplus,
 )  # fmt: skip
-#: |output| of tanh or |2 output - 1| of a sigmoid above this: the derivative is below 5 % of its maximum.
-SATURATED = 0.975
+#: |output| of tanh or |2 output - 1| of a sigmoid above this: the derivative is below 1 % of its maximum.
+SATURATED = 0.995
 
 
 class Recorder:
@@ -97,9 +97,8 @@ class Recorder:
         weights, ratios = np.empty(len(self._parameters)), np.full(len(self._parameters), NOT_MEASURED)
         for column, parameter in enumerate(self._parameters):
             weights[column] = float(parameter.detach().norm())
-            if column in self._before:
-                old = self._before[column]
-                ratios[column] = float((parameter.detach() - old).norm() / (old.norm() + 1e-12))
+            if column in self._before and weights[column] > 0:
+                ratios[column] = float((parameter.detach() - self._before[column]).norm()) / weights[column]
         self._samples["weight_norm"].append(weights)
         self._samples["update_ratio"].append(ratios)
         for name, values in self._module_statistics().items():
@@ -114,7 +113,7 @@ class Recorder:
         for index, output in self._outputs.items():
             module, output = self._modules[index][1], output.float()
             found["activation_mean"][index] = float(output.mean())
-            found["activation_std"][index] = float(output.std())
+            found["activation_std"][index] = float(output.std(correction=0))
             if isinstance(module, (nn.Tanh, nn.Sigmoid)):
                 distance = output.abs() if isinstance(module, nn.Tanh) else (2 * output - 1).abs()
                 found["saturated_fraction"][index] = float((distance > SATURATED).float().mean())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks.casework.training import run
 from gradwatch.records import Parameter, Samples, StepBatch
 
 #: To be raised when what a run holds changes without its case changing: the recorder, the trainings' shared code.
-VERSION = 1
+VERSION = 2
 
 
 def cache_directory() -> Path:
@@ -56,15 +56,26 @@ def record(case: Case, seed: int) -> Path:
     return path
 
 
-def record_all(cases: Iterable[Case], seeds: Iterable[int], *, progress: Callable[[str], None] = print) -> None:
-    """Record all runs that are not there yet, the cheap ones first."""
+def record_all(
+    cases: Iterable[Case], seeds: Iterable[int], *, jobs: int = 1, progress: Callable[[str], None] = print
+) -> None:
+    """Record all runs that are not there yet, the cheap ones first, in `jobs` processes."""
     todo = [(case, seed) for case in sorted(cases, key=lambda case: case.cost) for seed in seeds]
     todo = [(case, seed) for case, seed in todo if not path_of(case, seed).exists()]
-    for number, (case, seed) in enumerate(todo, start=1):
-        started = time.perf_counter()
-        path = record(case, seed)
-        outcome = outcome_of(case, seed, path)
-        progress(f"{number}/{len(todo)} {case.id} s{seed} {time.perf_counter() - started:.1f} s {outcome}")
+    started = time.perf_counter()
+    if jobs == 1:
+        done: Iterable[object] = (record(case, seed) for case, seed in todo)
+    else:
+        pool = ProcessPoolExecutor(jobs)
+        done = pool.map(_record_by_name, [case.id for case, _ in todo], [seed for _, seed in todo])
+    for number, ((case, seed), _) in enumerate(zip(todo, done, strict=True), start=1):
+        progress(f"recorded {number}/{len(todo)}: {case.id} seed {seed}, {time.perf_counter() - started:.0f} s")
+
+
+def _record_by_name(name: str, seed: int) -> None:
+    from benchmarks.casework.suites import case_by_id
+
+    record(case_by_id(name), seed)
 
 
 def save(path: Path, batch: StepBatch, facts: dict[str, Any]) -> None:
@@ -111,17 +122,12 @@ def outcome_of(case: Case, seed: int, path: str | Path) -> Outcome:
     return case.judge(load(path)[0].metrics["loss"], seed)
 
 
-@functools.cache
-def _known_cases() -> dict[str, Case]:
-    from benchmarks.casework.suites import all_cases
-
-    return {case.id: case for case in all_cases()}
-
-
 def truth(path: str | Path) -> dict[str, Any]:
     """What is known of a recorded run besides its steps: its label and how it ended."""
+    from benchmarks.casework.suites import case_by_id
+
     batch, facts = load(path)
-    case = _known_cases()[facts["id"]]
+    case = case_by_id(facts["id"])
     outcome = case.judge(batch.metrics["loss"], facts["seed"])
     label = {name: getattr(case, name) for name in ("tier", "classes", "faulty", "rules", "causes")}
     return {**facts, **label, **dataclasses.asdict(outcome), "stuck": outcome.stuck}
