@@ -14,7 +14,7 @@ from tests import conftest
 from tests.sizes import PACKAGE
 
 #: Framework to the files that need it to be imported; the core needs none.
-NEEDS = {"torch": ("backends/torch*.py", "integrations/torch*.py")}
+NEEDS = {"torch": ("torch*.py",), "keras": ("keras*.py",)}
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 
@@ -56,4 +56,4 @@ def test_public_methods_are_documented_where_they_stand_or_in_the_base_class(mod
 
 
 def test_every_framework_under_test_says_which_files_need_it() -> None:
-    assert NEEDS.keys() == conftest.FRAMEWORKS.keys()
+    assert conftest.FRAMEWORKS.keys() <= NEEDS.keys()

@@ -19,7 +19,7 @@ from tests import sizes
 ROWS = (
     ("errors",),
     ("records", "faults"),
-    ("detectors.base", "remedies", "rows", "probes", "provenance", "storage"),
+    ("actions.base", "detectors.base", "remedies", "rows", "probes", "provenance", "storage"),
     ("diagnosis",),
     ("writer", "reader", "detectors", "actions", "alerts", "sinks", "backends"),
     ("monitor", "reporters"),
@@ -34,7 +34,7 @@ ROWS = (
 #: What may be imported at the top of a file that `import gradwatch` or a watcher loads.
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "lightning", "transformers", "accelerate", "ignite"}
 #: Declared name to the name in `import`, where they differ.
-IMPORTED_AS = {"pytorch_ignite": "ignite", "mlflow_skinny": "mlflow"}
+IMPORTED_AS = {"pillow": "PIL", "pytorch_ignite": "ignite", "mlflow_skinny": "mlflow"}
 #: Where a framework may be imported at the top: these files are loaded only once it is in use.
 FRAMEWORK_FILES = ("backends/", "integrations/", "remedies", "preflight", "heal", "demo", "testing")
 
