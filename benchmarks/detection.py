@@ -1,4 +1,4 @@
-"""How well gradwatch detects sick trainings: recall, quiet, lead, class and cause, over published cases and our scenarios.
+"""How well gradwatch detects sick trainings: recall, quiet, lead, class and cause, on published cases and scenarios.
 
     python -m benchmarks.detection --suite cases --half dev --list-misses
 
@@ -49,7 +49,9 @@ def _run_suite(console: Console, suite: str, cases: list[Case], options: argpars
     if options.list_misses:
         report.show_misses(console, runs)
     seconds, steps = sum(r.result.seconds for r in runs), sum(r.result.outcome.steps for r in runs)
-    console.print(f"\nReplayed {steps:,} steps, {1e6 * seconds / max(1, steps):.0f} µs a step, record reading included.")
+    console.print(
+        f"\nReplayed {steps:,} steps, {1e6 * seconds / max(1, steps):.0f} µs a step, record reading included."
+    )
     if not options.only:
         file = f"detection-{suite}-{options.half}"
         path = report.save(file, measured, scores, runs, suite=suite, half=options.half, seeds=options.seeds)

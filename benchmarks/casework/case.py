@@ -20,9 +20,9 @@ class Training:
     Args:
         model: Made of ordinary modules.
         optimizer: What updates it; several where the training has several (a GAN).
-        step: Does everything up to and including the optimizer's update number k; returns the loss that a user would log.
+        step: Does all of step k, the optimizer's update included; returns the loss that a user would log.
         steps: How many updates the run has.
-        metric: The number by which the study or a user judges the trained model, higher is better; None where there is none.
+        metric: What the trained model is judged by, higher is better; None where there is no such number.
     """
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Outcome:
 
     Args:
         failed: Whether the fault came true.
-        failure_step: The step at which the loss blew up or ceased to be a number; None for a run that got stuck or is well.
+        failure_step: The step at which the loss blew up or was no number; None for a run that got stuck or is well.
         steps: Number of steps that were trained.
         first_loss: The loss of step 0.
         final_loss: A robust mean of the last losses; NaN when one of them is not finite.

@@ -25,7 +25,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 #: Cause of the labels to how the diagnosis words it.
 CAUSES: dict[str, str] = {
-    "learning_rate": r"learning rate (is |was )?(far |much )?too (high|large)|step(s)? (is |are )?too (large|long)|momentum",
+    "learning_rate": r"learning rate (is |was )?(far |much )?too (high|large)|steps? (is |are )?too (large|long)",
     "learning_rate_small": r"learning rate (is |was )?(far |much )?too (low|small)",
     "weight_decay": r"weight decay",
     "init_large": r"(initial\w*|gain).*(too )?(large|high|big)|(large|high|big).*(initial\w*|gain)",

@@ -1,7 +1,7 @@
 """Networks of the published cases, built from their layer lists out of ordinary modules.
 
-Modules are made and initialised in the order of the list, so a seed gives the weights that the specification's `observed`
-numbers were seen with.
+Modules are made and initialised in the order of the list, so a seed gives the weights with which the specification's
+`observed` numbers were seen.
 """
 
 from __future__ import annotations
@@ -34,38 +34,28 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+#: Scheme to what fills a tensor, given the number in its name, fan-in and fan-out.
+SCHEMES: dict[str, Callable[[Tensor, float, int, int], object]] = {
+    "zeros": lambda w, number, n, m: w.zero_(),
+    "ones": lambda w, number, n, m: w.fill_(1.0),
+    "const": lambda w, number, n, m: w.fill_(number),
+    "normal": lambda w, number, n, m: w.normal_(0, number),
+    "trunc": lambda w, number, n, m: nn.init.trunc_normal_(w, 0, number, -2 * number, 2 * number),
+    "uniform": lambda w, number, n, m: w.uniform_(-number, number),
+    "glorot_uniform": lambda w, number, n, m: _symmetric(w, math.sqrt(6 / (n + m))),
+    "he_uniform": lambda w, number, n, m: _symmetric(w, math.sqrt(6 / n)),
+    "he_normal": lambda w, number, n, m: w.normal_(0, math.sqrt(2 / n)),
+    "lecun_normal": lambda w, number, n, m: w.normal_(0, math.sqrt(1 / n)),
+    "mf": lambda w, number, n, m: w.normal_(0, math.sqrt(number / n)),
+    "torch": lambda w, number, n, m: _symmetric(w, 1 / math.sqrt(n)),
+}
+
+
+@torch.no_grad()
 def initialize(tensor: Tensor, scheme: str | None, *, fan_in: int, fan_out: int) -> None:
-    """Fill `tensor` by a scheme's name: `he_uniform`, `glorot_uniform`, `normal:0.05`, `mf:1.76` (variance x fan_in), ..."""
-    kind, _, number = (scheme or "zeros").partition(":")
-    scale = float(number) if number else 0.0
-    with torch.no_grad():
-        match kind:
-            case "zeros":
-                tensor.zero_()
-            case "ones":
-                tensor.fill_(1.0)
-            case "const":
-                tensor.fill_(scale)
-            case "normal":
-                tensor.normal_(0, scale)
-            case "trunc":
-                nn.init.trunc_normal_(tensor, 0, scale, -2 * scale, 2 * scale)
-            case "uniform":
-                tensor.uniform_(-scale, scale)
-            case "glorot_uniform":
-                _symmetric(tensor, math.sqrt(6 / (fan_in + fan_out)))
-            case "he_uniform":
-                _symmetric(tensor, math.sqrt(6 / fan_in))
-            case "he_normal":
-                tensor.normal_(0, math.sqrt(2 / fan_in))
-            case "lecun_normal":
-                tensor.normal_(0, math.sqrt(1 / fan_in))
-            case "mf":
-                tensor.normal_(0, math.sqrt(scale / fan_in))
-            case "torch":
-                _symmetric(tensor, 1 / math.sqrt(fan_in))
-            case _:
-                raise ValueError(f"unknown initialisation scheme: {scheme!r}")
+    """Fill `tensor` by a scheme's name: `he_uniform`, `normal:0.05`, `mf:1.76` (variance x fan-in); None: zeros."""
+    name, _, number = (scheme or "zeros").partition(":")
+    SCHEMES[name](tensor, float(number or 0), fan_in, fan_out)
 
 
 def _symmetric(tensor: Tensor, limit: float) -> None:
@@ -210,7 +200,9 @@ class Block(nn.Module):
 class CharacterModel(nn.Module):
     """A small GPT over characters, its output tied to its embedding, all matrices N(0, `std`)."""
 
-    def __init__(self, vocabulary: int, *, width: int, heads: int, layers: int, context: int, std: float = 0.02) -> None:
+    def __init__(
+        self, vocabulary: int, *, width: int, heads: int, layers: int, context: int, std: float = 0.02
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
@@ -231,7 +223,7 @@ class CharacterModel(nn.Module):
 
 
 def sequential(layers: Sequence[Spec], shape: Sequence[int]) -> tuple[nn.Module, list[tuple[nn.Parameter, float]]]:
-    """The network of a layer list for samples of `shape`, and its weights with an L2 penalty and that penalty's factor."""
+    """The network of a layer list for samples of `shape`, and its weights that have an L2 penalty, with its factor."""
     builder = SequentialBuilder(shape)
     for layer in layers:
         builder.add(layer)

@@ -31,7 +31,7 @@ def judge(
     Args:
         losses: Shape (n,), n >= 1.
         constant: Loss of the best constant predictor; None where it is not defined.
-        tiny_batch: With a few samples a batch the first loss is luck: take the worst of 20 instead, and a mean at the end.
+        tiny_batch: With few samples a batch the first loss is luck: take the worst of 20, and a mean at the end.
         range_test: The learning rate was raised until it had to break.
     """
     first = float(losses[0])

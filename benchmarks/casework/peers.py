@@ -1,7 +1,7 @@
 """What other rules score on such cases: re-implemented from their sources, train metrics only, step by step.
 
-Measured on a larger set of the same kind (79 healthy runs of 118,375 steps; 156 failed runs: 33 delayed blow-ups, 49 at once,
-74 stuck), so compare sizes, not decimals. Any alarm counts, whatever it is called.
+Measured on a larger set of the same kind (79 healthy runs of 118,375 steps; 156 failed runs: 33 delayed blow-ups, 49 at
+once, 74 stuck), so compare sizes, not decimals. Any alarm counts, whatever it is called.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,7 +52,6 @@ def case_of(spec: Spec) -> Case:
 def build(spec: Spec, seed: int) -> Training:
     """The training of `spec` with `seed`; draws random numbers in the order of the runs that gave `observed`."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
     return _language_model(spec) if spec["loss"] == "lm" else _supervised(spec, seed)
 
 
@@ -123,7 +121,7 @@ def _training(
     def step(k: int) -> Tensor:
         value, penalised = loss()
         optimizer.zero_grad()
-        penalised.backward()  # type: ignore[no-untyped-call]
+        penalised.backward()
         if options.get("clip"):
             nn.utils.clip_grad_norm_(model.parameters(), options["clip"])
         for group in optimizer.param_groups:

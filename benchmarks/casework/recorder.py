@@ -1,4 +1,4 @@
-"""Measures a run into one `StepBatch` without the watcher: the plainest code that can, to hold the watcher's record against."""
+"""Measures a run into one `StepBatch` by the plainest code that can, to hold the watcher's record against."""
 
 from __future__ import annotations
 
@@ -68,8 +68,7 @@ class Recorder:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         columns = [self._column[id(p)] for p in parameters]
         gradients = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters]
-        norms = torch._foreach_norm([gradient.float() for gradient in gradients])
-        self._row[columns] = torch.stack(list(norms)).numpy()
+        self._row[columns] = torch.stack([gradient.float().norm() for gradient in gradients]).numpy()
         if self._sampling:
             for column, p, gradient in zip(columns, parameters, gradients, strict=True):
                 self._before[column] = p.detach().clone()
@@ -111,14 +110,14 @@ class Recorder:
         names = ("activation_mean", "activation_std", "saturated_fraction", "dead_fraction")
         found = {name: np.full(len(self._modules), NOT_MEASURED) for name in names}
         for index, output in self._outputs.items():
-            module, output = self._modules[index][1], output.float()
-            found["activation_mean"][index] = float(output.mean())
-            found["activation_std"][index] = float(output.std(correction=0))
+            module, values = self._modules[index][1], output.float()
+            found["activation_mean"][index] = float(values.mean())
+            found["activation_std"][index] = float(values.std(correction=0))
             if isinstance(module, (nn.Tanh, nn.Sigmoid)):
-                distance = output.abs() if isinstance(module, nn.Tanh) else (2 * output - 1).abs()
+                distance = values.abs() if isinstance(module, nn.Tanh) else (2 * values - 1).abs()
                 found["saturated_fraction"][index] = float((distance > SATURATED).float().mean())
             if isinstance(module, nn.ReLU):
-                units = output.transpose(0, 1).flatten(1) if output.ndim > 1 else output[None]
+                units = values.transpose(0, 1).flatten(1) if values.ndim > 1 else values[None]
                 found["dead_fraction"][index] = float((units == 0).all(1).float().mean())
         return found
 

@@ -119,7 +119,7 @@ def load_batches(path: str | Path) -> list[StepBatch]:
 
 def outcome_of(case: Case, seed: int, path: str | Path) -> Outcome:
     """How the recorded run of `case` ended."""
-    return case.judge(load(path)[0].metrics["loss"], seed)
+    return case.judge(np.asarray(load(path)[0].metrics["loss"], np.float64), seed)
 
 
 def truth(path: str | Path) -> dict[str, Any]:
@@ -128,6 +128,6 @@ def truth(path: str | Path) -> dict[str, Any]:
 
     batch, facts = load(path)
     case = case_by_id(facts["id"])
-    outcome = case.judge(batch.metrics["loss"], facts["seed"])
+    outcome = case.judge(np.asarray(batch.metrics["loss"], np.float64), facts["seed"])
     label = {name: getattr(case, name) for name in ("tier", "classes", "faulty", "rules", "causes")}
     return {**facts, **label, **dataclasses.asdict(outcome), "stuck": outcome.stuck}

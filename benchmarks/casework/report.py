@@ -47,7 +47,14 @@ def show_measures(console: Console, title: str, measured: Measured, runs: Sequen
 def show_peers(console: Console, measured: Measured) -> None:
     """Ours beside the peers'."""
     table = Table(
-        "detector", "recall", "healthy alarmed", "precision", "episodes / 10k", "delayed warned", "lead", "stuck found at"
+        "detector",
+        "recall",
+        "healthy alarmed",
+        "precision",
+        "episodes / 10k",
+        "delayed warned",
+        "lead",
+        "stuck found at",
     )
     names = (
         "recall", "healthy runs alarmed", "precision", "episodes per 10,000 healthy steps", "delayed blow-ups warned",
@@ -64,7 +71,9 @@ def show_peers(console: Console, measured: Measured) -> None:
 
 def show_rules(console: Console, scores: dict[str, RuleScore]) -> None:
     """Rule by rule."""
-    table = Table("rule", "failed runs", "healthy runs", "precision", "first to speak", "expected and found", "median lead")
+    table = Table(
+        "rule", "failed runs", "healthy runs", "precision", "first to speak", "expected and found", "median lead"
+    )
     for rule, score in scores.items():
         total = score.failed + score.healthy
         expected = f"{score.expected_found} of {score.expected}" if score.expected else ""

@@ -37,6 +37,6 @@ def case_by_id(name: str) -> Case:
 
 
 def half(cases: Sequence[Case], which: str) -> list[Case]:
-    """Every other case by id: `dev` (even places) to develop rules on, `held` (odd places) to report them on, or `all`."""
+    """Every other case by id: `dev` (even places) to develop rules on, `held` (odd) to report them on, or `all`."""
     ordered = sorted(cases, key=lambda case: case.id)
     return {"dev": ordered[0::2], "held": ordered[1::2], "all": ordered}[which]

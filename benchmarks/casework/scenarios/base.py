@@ -19,24 +19,27 @@ from torch import Tensor, nn
 from benchmarks.casework.case import Case, Losses, Outcome, Training
 from benchmarks.casework.outcome import BLOW_UP, STUCK
 
-#: How a fault shows in the run, which is checked: the loss blows up; nothing is learnt; or the loss looks well although a
-#: part of the network is sick, by construction.
+#: How a fault shows in the run, which is checked: the loss blows up; nothing is learnt; or the loss looks well although
+#: a part of the network is sick, by construction.
 Ends = Literal["blow_up", "stuck", "silent"]
 Batches = Iterator[tuple[Tensor, ...]]
+Scenario = Callable[..., Training]
 LossFunction = Callable[[Any, Tensor], Tensor]
 
 SCENARIOS: dict[str, Case] = {}
 UNIFORM_10 = math.log(10)
 
 
-def healthy(
-    function: Callable[..., Training] | None = None, *, learns: float = 0.7, name: str = "", **arguments: Any
-) -> Any:
-    """Register a healthy scenario; its final loss must be below `learns` times the first, else it is no evidence."""
-    if function is None:
-        return functools.partial(healthy, learns=learns, name=name, **arguments)
+def healthy(*, learns: float = 0.7, name: str = "", **arguments: Any) -> Callable[[Scenario], Scenario]:
+    """Register a healthy scenario.
+
+    Args:
+        learns: The final loss must be below this share of the first, else the run is no evidence.
+        name: Id, by default the function's name.
+        arguments: Passed to the function.
+    """
     judge = functools.partial(_judge_healthy, learns=learns)
-    return _register(function, arguments, classes=("healthy",), judge=judge, name=name)
+    return lambda function: _register(function, arguments, classes=("healthy",), judge=judge, name=name)
 
 
 def faulty(
@@ -47,7 +50,7 @@ def faulty(
     constant: float | None = None,
     name: str = "",
     **arguments: Any,
-) -> Callable[[Callable[..., Training]], Any]:
+) -> Callable[[Scenario], Scenario]:
     """Register a faulty scenario.
 
     Args:
@@ -61,27 +64,23 @@ def faulty(
     """
     judge = functools.partial(_judge_faulty, ends=ends, constant=constant)
 
-    def register(function: Callable[..., Training]) -> Callable[..., Training]:
-        _register(function, arguments, classes=classes, judge=judge, rules=rules, causes=causes, name=name)
-        return function
-
-    return register
+    label: dict[str, Any] = {"classes": classes, "judge": judge, "rules": rules, "causes": causes}
+    return lambda function: _register(function, arguments, name=name, **label)
 
 
 def _register(
-    function: Callable[..., Training],
+    function: Scenario,
     arguments: dict[str, Any],
     *,
     name: str = "",
     **label: Any,
-) -> Callable[..., Training]:
+) -> Scenario:
     identity = name or function.__name__.replace("_", "-")
     if identity in SCENARIOS:
         raise ValueError(f"two scenarios are named {identity!r}")
 
     def build(seed: int) -> Training:
         torch.manual_seed(seed)
-        np.random.seed(seed)
         return function(**arguments)
 
     SCENARIOS[identity] = Case(
@@ -96,13 +95,19 @@ def _register(
     return function
 
 
-def _fingerprint(function: Callable[..., Training], arguments: dict[str, Any]) -> str:
+def _fingerprint(function: Scenario, arguments: dict[str, Any]) -> str:
     """A hash of the function's code, comments and docstring apart, and its arguments."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     assert isinstance(tree, ast.FunctionDef)
     tree.decorator_list = []
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]
     return hashlib.sha256((ast.dump(tree) + repr(sorted(arguments.items()))).encode()).hexdigest()
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _judge_healthy(losses: Losses, seed: int, *, learns: float) -> Outcome:
@@ -119,10 +124,10 @@ def _judge_faulty(losses: Losses, seed: int, *, ends: Ends, constant: float | No
 
 
 def blow_up_from_best(losses: Losses) -> int | None:
-    """The first step whose loss is not finite, or that with the median of it and its next four is above ten times the best.
+    """The first step whose loss is not finite, or is above ten times the best (the median of it and the next four too).
 
-    The best is over medians of five steps, so that neither a lucky batch nor a single bad one counts; nor does a loss that
-    is still below a tenth of the first.
+    The best is over medians of five steps, so that neither a lucky batch nor a single bad one counts; nor does a loss
+    below a tenth of the first.
     """
     filled = np.where(np.isfinite(losses), losses, np.inf)
     best = np.inf
@@ -168,7 +173,7 @@ def supervised(
         for _ in range(parts):
             inputs, targets = next(batches)
             value = loss(model(inputs), targets)
-            (value / parts).backward()  # type: ignore[no-untyped-call]
+            (value / parts).backward()
             total += value.detach().float() / parts
         if before_step is not None:
             before_step(k)

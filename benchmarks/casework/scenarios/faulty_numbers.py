@@ -51,7 +51,7 @@ def bad_batch_nan_skipped_by_user() -> Training:
         inputs, targets = next(batches)
         loss = F.cross_entropy(model(inputs), targets)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if loss.isfinite():
             optimizer.step()
         return loss.detach()
@@ -59,7 +59,13 @@ def bad_batch_nan_skipped_by_user() -> Training:
     return Training(model, optimizer, step, 400)
 
 
-@faulty("exploding", "oscillating", ends="silent", rules=("spike", "exploding", "divergence"), causes=("bad_batch", "data_scale"))
+@faulty(
+    "exploding",
+    "oscillating",
+    ends="silent",
+    rules=("spike", "exploding", "divergence"),
+    causes=("bad_batch", "data_scale"),
+)
 def corrupt_targets_every_epoch() -> Training:
     """Missing values that were written as 9999 in the targets of one batch an epoch."""
     x, y = diabetes()
@@ -100,9 +106,8 @@ def root_of_zero() -> Training:
 
     def batches() -> Batches:
         for number, (inputs,) in enumerate(epochs(x, size=32)):
-            if number >= 80:
-                inputs = torch.cat([inputs[:1], inputs[:1], inputs[2:]])
-            yield inputs, inputs
+            pairs = inputs if number < 80 else torch.cat([inputs[:1], inputs[:1], inputs[2:]])
+            yield pairs, pairs
 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     return supervised(model, optimizer, batches(), distance, steps=150)
@@ -167,7 +172,7 @@ def float16_overflow() -> Training:
         inputs, targets = next(batches)
         loss = F.cross_entropy(model(inputs).float(), targets)
         optimizer.zero_grad()
-        (loss * 2.0**20).backward()  # type: ignore[no-untyped-call]
+        (loss * 2.0**20).backward()
         optimizer.step()
         return loss.detach()
 

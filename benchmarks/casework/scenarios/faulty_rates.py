@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,9 +113,7 @@ def rate_steps_up() -> Training:
     """At step 300 the rate is multiplied by 200 where it should have been divided by ten."""
     model = mlp(64, 64, 64, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    return supervised(
-        model, optimizer, epochs(*digits(), size=32), steps=500, rate=lambda k: 0.05 if k < 300 else 10.0
-    )
+    return supervised(model, optimizer, epochs(*digits(), size=32), steps=500, rate=lambda k: 0.05 if k < 300 else 10.0)
 
 
 @faulty("exploding", "nan", "oscillating", ends="blow_up", rules=EXPLODES, causes=RATE)
@@ -126,7 +125,10 @@ def rate_ramp_regression() -> Training:
     )
 
 
-@faulty("exploding", "nan", "oscillating", ends="blow_up", rules=EXPLODES, causes=RATE)
+@faulty(
+    "exploding", "nan", "oscillating", "dying_relu", "stalled",
+    ends="stuck", constant=UNIFORM_10, rules=LEARNS_NOTHING, causes=RATE,
+)  # fmt: skip
 def momentum_too_high() -> Training:
     """Momentum 0.999 piles up a thousand gradients: stable for a while, then swinging ever wider."""
     model = mlp(64, 64, 64, 10)
@@ -187,7 +189,7 @@ def bootstrapped_values_diverge() -> Training:
         target = 0.99 * value(features[6:7]).detach()
         loss = 0.5 * F.mse_loss(value(states), target.expand(16, 1))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -240,7 +242,7 @@ def lstm_rate_high() -> Training:
 def one_group_rate_high() -> Training:
     """The middle layer's parameter group has a rate a thousand times the others'; the rest hides it in the loss."""
     model = mlp(64, 64, 64, 10)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": model[0].parameters()},
         {"params": model[2].parameters(), "lr": 1.0},
         {"params": model[4].parameters()},
@@ -257,6 +259,6 @@ def cycles_with_growing_peak() -> Training:
 
     def rate(k: int) -> float:
         cycle, place = divmod(k, 60)
-        return 0.01 + 0.02 * 2**cycle * math.sin(math.pi * place / 60)
+        return 0.01 + 0.02 * 2.0**cycle * math.sin(math.pi * place / 60)
 
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=600, rate=rate)

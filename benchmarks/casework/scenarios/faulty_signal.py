@@ -29,7 +29,9 @@ VANISHES = ("vanishing", "imbalance", "dead", "saturation", "plateau", "stall", 
 EXPLODES = ("exploding", "imbalance", "divergence", "nonfinite", "update_ratio", "spike")
 
 
-@faulty("vanishing", "stalled", "zero_gradient", ends="stuck", constant=UNIFORM_10, rules=VANISHES, causes=("init_small",))
+@faulty(
+    "vanishing", "stalled", "zero_gradient", ends="stuck", constant=UNIFORM_10, rules=VANISHES, causes=("init_small",)
+)
 def gain_small_relu() -> Training:
     """Half of Kaiming's variance over 15 layers: the backward signal shrinks by 0.7 a layer."""
     model = set_gain(mlp(64, *[96] * 15, 10), 0.6)
@@ -151,7 +153,9 @@ def relu_output_for_negative_targets() -> Training:
     return supervised(model, optimizer, epochs(x, y - 5, size=64), F.mse_loss, steps=500)
 
 
-@faulty("exploding", "nan", ends="blow_up", rules=EXPLODES, causes=("activation", "init_large", "saturating_activation"))
+@faulty(
+    "exploding", "nan", ends="blow_up", rules=EXPLODES, causes=("activation", "init_large", "saturating_activation")
+)
 def exponential_activation() -> Training:
     model = mlp(10, 16, 16, 16, 16, 16, 1, activation=Exponential)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -247,7 +251,7 @@ def all_weights_zero() -> Training:
     causes=("saturating_activation", "loss_domain"),
 )  # fmt: skip
 def saturating_gan_loss() -> Training:
-    """log(1 - D(G(z))) with a discriminator that wins from the start: the generator has no gradient (Goodfellow 2014)."""
+    """Goodfellow et al. 2014: log(1 - D(G(z))) gives no gradient once the discriminator wins, which it does at once."""
     model = nn.ModuleDict(
         {
             "generator": nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.Sigmoid()),

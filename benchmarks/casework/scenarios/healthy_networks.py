@@ -26,51 +26,53 @@ from benchmarks.casework.scenarios.parts import (
 )
 
 
-@healthy
+@healthy()
 def cnn_adam() -> Training:
     model = cnn()
     return supervised(model, torch.optim.Adam(model.parameters(), lr=1e-3), epochs(*mnist(), size=32), steps=500)
 
 
-@healthy
+@healthy()
 def cnn_batchnorm_sgd() -> Training:
     model = cnn(norm=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     return supervised(model, optimizer, epochs(*mnist(), size=32), steps=500)
 
 
-@healthy
+@healthy()
 def mlp_sgd() -> Training:
     model = mlp(64, 64, 64, 10)
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs(*digits(), size=32), steps=1500)
 
 
-@healthy
+@healthy()
 def mlp_rmsprop() -> Training:
     model = mlp(64, 64, 64, 10)
     return supervised(model, torch.optim.RMSprop(model.parameters(), lr=1e-3), epochs(*digits(), size=32), steps=800)
 
 
-@healthy
+@healthy()
 def mlp_adagrad() -> Training:
     model = mlp(64, 64, 64, 10)
     return supervised(model, torch.optim.Adagrad(model.parameters(), lr=0.02), epochs(*digits(), size=32), steps=800)
 
 
-@healthy
+@healthy()
 def mlp_nadam_normed_deep() -> Training:
     model = mlp(64, *[64] * 12, 10, norm=True)
     return supervised(model, torch.optim.NAdam(model.parameters(), lr=5e-4), epochs(*digits(), size=64), steps=400)
 
 
-@healthy
+@healthy()
 def residual_norm_20_blocks() -> Training:
-    blocks = [Residual(nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48))) for _ in range(20)]
+    blocks = [
+        Residual(nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48))) for _ in range(20)
+    ]
     model = nn.Sequential(nn.Linear(64, 48), *blocks, nn.LayerNorm(48), nn.Linear(48, 10))
     return supervised(model, torch.optim.AdamW(model.parameters(), lr=5e-4), epochs(*digits(), size=64), steps=400)
 
 
-@healthy
+@healthy()
 def residual_zero_gamma_cnn() -> Training:
     """He et al. 2019: the last normalisation of every residual branch starts at zero."""
 
@@ -86,26 +88,26 @@ def residual_zero_gamma_cnn() -> Training:
     return supervised(model, optimizer, epochs(*mnist(), size=32), steps=400)
 
 
-@healthy
+@healthy()
 def deep_relu_kaiming() -> Training:
     model = set_gain(mlp(64, *[96] * 15, 10), 2.0)
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.01), epochs(*digits(), size=32), steps=600)
 
 
-@healthy
+@healthy()
 def deep_tanh_critical() -> Training:
     """Schoenholz et al. 2017: on the edge of chaos a tanh network of any depth trains."""
     model = set_gain(mlp(64, *[96] * 15, 10, activation=nn.Tanh), 1.76, bias=0.2236)
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.01), epochs(*digits(), size=32), steps=800)
 
 
-@healthy
+@healthy()
 def shallow_sigmoid() -> Training:
     model = mlp(64, 64, 10, activation=nn.Sigmoid)
     return supervised(model, torch.optim.Adam(model.parameters(), lr=3e-3), epochs(*digits(), size=32), steps=800)
 
 
-@healthy
+@healthy()
 def lstm_rows() -> Training:
     x, y = digits()
     model = Recurrent(nn.LSTM, 8, 48, 10)
@@ -113,7 +115,7 @@ def lstm_rows() -> Training:
     return supervised(model, optimizer, epochs(x.reshape(-1, 8, 8), y, size=32), steps=600)
 
 
-@healthy
+@healthy()
 def gru_rows_clipped() -> Training:
     x, y = digits()
     model = Recurrent(nn.GRU, 8, 48, 10)
@@ -125,7 +127,7 @@ def gru_rows_clipped() -> Training:
     return supervised(model, optimizer, epochs(x.reshape(-1, 8, 8), y, size=32), steps=600, before_step=clip)
 
 
-@healthy
+@healthy()
 def rnn_relu_identity() -> Training:
     """Le et al. 2015: a ReLU recurrence that starts at the identity."""
     x, y = digits()
@@ -147,9 +149,7 @@ def transformer_warmup() -> Training:
     def clip(k: int) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
-    return supervised(
-        model, optimizer, passages(16, 32), flat_cross_entropy, steps=500, rate=rate, before_step=clip
-    )
+    return supervised(model, optimizer, passages(16, 32), flat_cross_entropy, steps=500, rate=rate, before_step=clip)
 
 
 @healthy(learns=0.85)
@@ -168,7 +168,7 @@ def transformer_accumulation_grows() -> Training:
     )
 
 
-@healthy
+@healthy()
 def vae_summed_loss() -> Training:
     x = mnist()[0].flatten(1)
     model = VariationalAutoencoder(784, hidden=96, latent=8)
@@ -176,11 +176,15 @@ def vae_summed_loss() -> Training:
     return supervised(model, optimizer, epochs(x, x, size=64), lambda o, t: vae(o, t, 0), steps=500)
 
 
-@healthy
+@healthy()
 def autoencoder_conv() -> Training:
     x = mnist()[0]
     encoder = [nn.Conv2d(1, 8, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 4, stride=2, padding=1), nn.ReLU()]
-    decoder = [nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 1, 4, stride=2, padding=1)]
+    decoder = [
+        nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 1, 4, stride=2, padding=1),
+    ]
     model = nn.Sequential(*encoder, *decoder, nn.Sigmoid())
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     return supervised(model, optimizer, epochs(x, x, size=32), F.mse_loss, steps=400)
@@ -210,11 +214,11 @@ def gan_digits() -> Training:
         fake = model.generator(torch.randn(64, 16))
         first.zero_grad()
         doubt = cost(model.discriminator(real), ones) + cost(model.discriminator(fake.detach()), zeros)
-        doubt.backward()  # type: ignore[no-untyped-call]
+        doubt.backward()
         first.step()
         second.zero_grad()
         fooled = cost(model.discriminator(fake), ones)
-        fooled.backward()  # type: ignore[no-untyped-call]
+        fooled.backward()
         second.step()
         return (doubt + fooled).detach()
 
@@ -237,14 +241,14 @@ def reinforce_bandit() -> Training:
         surrogate = -((reward - baseline) * policy.log_prob(action)).mean()
         baseline.mul_(0.95).add_(0.05 * reward.mean())
         optimizer.zero_grad()
-        surrogate.backward()  # type: ignore[no-untyped-call]
+        surrogate.backward()
         optimizer.step()
         return 1 - reward.mean()
 
     return Training(model, optimizer, step, 1500)
 
 
-@healthy
+@healthy()
 def embedding_sparse() -> Training:
     """Bigrams with a sparse embedding: most of its rows have no gradient in a step."""
     model = nn.Sequential(nn.Embedding(65, 16, sparse=True), nn.Flatten(), nn.Linear(16 * 8, 65))
@@ -257,7 +261,7 @@ def embedding_sparse() -> Training:
         loss = F.cross_entropy(model(x), y[:, -1])
         sparse.zero_grad()
         dense.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         sparse.step()
         dense.step()
         return loss.detach()

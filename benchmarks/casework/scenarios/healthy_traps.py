@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.casework.case import Training
-from benchmarks.casework.scenarios.base import healthy, supervised
+from benchmarks.casework.scenarios.base import Batches, healthy, supervised
 from benchmarks.casework.scenarios.parts import (
     cnn,
     diabetes,
@@ -34,7 +34,7 @@ def finetune_tiny_norms() -> Training:
     return supervised(model, torch.optim.AdamW(model.parameters(), lr=2e-5), batches, steps=800)
 
 
-@healthy
+@healthy()
 def heavy_tailed_regression() -> Training:
     """Student-t noise with 1.5 degrees of freedom: an honest outlier every few batches."""
     model = mlp(10, 32, 1)
@@ -56,7 +56,7 @@ def heavy_tailed_squared() -> Training:
     return supervised(model, optimizer, epochs(x, y, size=64), F.mse_loss, steps=1200)
 
 
-@healthy
+@healthy()
 def zero_initialised_last_layer() -> Training:
     """All layers but the last have a gradient of exactly zero at step 0."""
     model = mlp(64, 64, 64, 10)
@@ -65,7 +65,7 @@ def zero_initialised_last_layer() -> Training:
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs(*digits(), size=32), steps=800)
 
 
-@healthy
+@healthy()
 def converges_to_zero() -> Training:
     """Noise-free least squares with full batches: the loss falls to rounding error, the gradients with it."""
     model = nn.Linear(8, 1)
@@ -74,7 +74,7 @@ def converges_to_zero() -> Training:
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.2), epochs(x, y, size=64), F.mse_loss, steps=600)
 
 
-@healthy
+@healthy()
 def memorises_64_samples() -> Training:
     """Loss to about 1e-5: gradients fall by orders of magnitude while all is well."""
     x, y = digits()
@@ -83,7 +83,7 @@ def memorises_64_samples() -> Training:
     return supervised(model, optimizer, epochs(x[:64], y[:64], size=32), steps=1500)
 
 
-@healthy
+@healthy()
 def interpolates_sgd() -> Training:
     """SGD until every digit is learnt by heart; many batches then have almost no loss, a few have some."""
     model = mlp(64, 128, 128, 10)
@@ -91,7 +91,7 @@ def interpolates_sgd() -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=2500)
 
 
-@healthy
+@healthy()
 def cosine_restarts() -> Training:
     """Loshchilov & Hutter 2017: the rate jumps from almost zero back to its top."""
     model = cnn()
@@ -103,14 +103,14 @@ def cosine_restarts() -> Training:
     return supervised(model, optimizer, epochs(*mnist(), size=32), steps=600, rate=rate)
 
 
-@healthy
+@healthy()
 def step_decay() -> Training:
     model = mlp(64, 64, 64, 10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=900, rate=lambda k: 0.1 * 0.1 ** (k // 300))
 
 
-@healthy
+@healthy()
 def one_cycle() -> Training:
     """Smith 2018: the rate rises twentyfold over a third of the run."""
     model = mlp(64, 64, 64, 10)
@@ -122,13 +122,13 @@ def one_cycle() -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=64), steps=800, rate=rate)
 
 
-@healthy
+@healthy()
 def curriculum_change() -> Training:
     """Digits 0 to 4 first; from step 300 all ten: loss and norms jump and fall again."""
     x, y = digits()
     easy, hard = epochs(x[y < 5], y[y < 5], size=32), epochs(x, y, size=32)
 
-    def batches():  # type: ignore[no-untyped-def]
+    def batches() -> Batches:
         for _ in range(300):
             yield next(easy)
         yield from hard
@@ -137,13 +137,13 @@ def curriculum_change() -> Training:
     return supervised(model, torch.optim.Adam(model.parameters(), lr=1e-3), batches(), steps=900)
 
 
-@healthy
+@healthy()
 def single_sample_batches() -> Training:
     model = mlp(64, 64, 10)
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.02), epochs(*digits(), size=1), steps=3000)
 
 
-@healthy
+@healthy()
 def tiny_batches_small_set() -> Training:
     """442 patients in batches of 4: noise all the way."""
     model = mlp(10, 16, 1, activation=nn.Tanh)
@@ -151,7 +151,7 @@ def tiny_batches_small_set() -> Training:
     return supervised(model, optimizer, epochs(*diabetes(), size=4), F.mse_loss, steps=2000)
 
 
-@healthy
+@healthy()
 def frozen_backbone() -> Training:
     """Only the head is trained; the rest never has a gradient, on purpose."""
     model = cnn()
@@ -161,7 +161,7 @@ def frozen_backbone() -> Training:
     return supervised(model, optimizer, epochs(*mnist(), size=32), steps=400)
 
 
-@healthy
+@healthy()
 def gradual_unfreezing() -> Training:
     """Howard & Ruder 2018: lower layers join the training at steps 200 and 400."""
     model = mlp(64, 64, 64, 10)
@@ -185,7 +185,7 @@ def tied_weights() -> Training:
     return supervised(model, optimizer, passages(16, 32), flat_cross_entropy, steps=400)
 
 
-@healthy
+@healthy()
 def dropout_heavy() -> Training:
     hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Dropout(0.6), nn.Linear(256, 256), nn.ReLU(), nn.Dropout(0.6)]
     model = nn.Sequential(nn.Dropout(0.2), *hidden, nn.Linear(256, 10))
@@ -220,7 +220,7 @@ def triplet_margin() -> Training:
         negative = groups[other][torch.randint(len(groups[other]), (24,))]
         loss = F.triplet_margin_loss(model(anchor), model(positive), model(negative), margin=0.5)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -236,7 +236,7 @@ class TwoHeads(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(64, 10), nn.Linear(64, 2)])
 
 
-@healthy
+@healthy()
 def alternating_heads() -> Training:
     """Each step trains one task; the other head then has no gradient at all."""
     model = TwoHeads()
@@ -249,7 +249,7 @@ def alternating_heads() -> Training:
         logits = model.heads[task](model.trunk(x))
         loss = F.cross_entropy(logits, y if task == 0 else y % 2)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -275,13 +275,13 @@ class Experts(nn.Module):
         return outputs * best[:, None] * 4
 
 
-@healthy
+@healthy()
 def mixture_of_experts() -> Training:
     model = Experts()
     return supervised(model, torch.optim.Adam(model.parameters(), lr=2e-3), epochs(*digits(), size=16), steps=1000)
 
 
-@healthy
+@healthy()
 def rate_warms_up_from_zero() -> Training:
     """The first update is exactly nothing, because the rate is."""
     model = mlp(64, 64, 64, 10)
@@ -289,7 +289,7 @@ def rate_warms_up_from_zero() -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=800, rate=lambda k: 0.2 * min(1.0, k / 200))
 
 
-@healthy
+@healthy()
 def absolute_loss_constant_norm() -> Training:
     """The L1 loss has gradients of the same size however small it is."""
     x = torch.randn(2000, 10)
@@ -297,12 +297,10 @@ def absolute_loss_constant_norm() -> Training:
     model = nn.Linear(10, 1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     rate = 0.02
-    return supervised(
-        model, optimizer, epochs(x, y, size=32), F.l1_loss, steps=800, rate=lambda k: rate * 0.995**k
-    )
+    return supervised(model, optimizer, epochs(x, y, size=32), F.l1_loss, steps=800, rate=lambda k: rate * 0.995**k)
 
 
-@healthy
+@healthy()
 def bfloat16_autocast() -> Training:
     model = cnn()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -323,7 +321,7 @@ def bfloat16_autocast() -> Training:
     return supervised(Autocast(), optimizer, epochs(*mnist(), size=32), loss, steps=300)
 
 
-@healthy
+@healthy()
 def float16_grad_scaler() -> Training:
     """Mixed precision as PyTorch's guide has it: the scale starts far too high, so the first steps are skipped."""
     model = mlp(64, 64, 64, 10)
@@ -336,7 +334,7 @@ def float16_grad_scaler() -> Training:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
             loss = F.cross_entropy(model(x).float(), y)
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         return loss.detach()
@@ -344,7 +342,7 @@ def float16_grad_scaler() -> Training:
     return Training(model, optimizer, step, 600)
 
 
-@healthy
+@healthy()
 def poisson_counts() -> Training:
     x = torch.randn(4000, 10)
     y = torch.poisson((0.5 * x[:, :1] - 0.4 * x[:, 1:2] + 1.5).exp())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -69,7 +70,7 @@ def passages(size: int, length: int) -> Batches:
 def mlp(*widths: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
     """Linear layers of these widths with the activation between them."""
     modules: list[nn.Module] = []
-    for size, width in zip(widths[:-2], widths[1:-1], strict=True):
+    for size, width in itertools.pairwise(widths[:-1]):
         modules.append(nn.Linear(size, width))
         if norm:
             modules.append(nn.LayerNorm(width))
@@ -95,7 +96,9 @@ def cnn(channels: int = 8, *, norm: bool = False) -> nn.Sequential:
         extra: list[nn.Module] = [nn.BatchNorm2d(width)] if norm else []
         return [nn.Conv2d(size, width, 3, padding=1), *extra, nn.ReLU(), nn.MaxPool2d(2)]
 
-    return nn.Sequential(*block(1, channels), *block(channels, 2 * channels), nn.Flatten(), nn.Linear(98 * channels, 10))
+    return nn.Sequential(
+        *block(1, channels), *block(channels, 2 * channels), nn.Flatten(), nn.Linear(98 * channels, 10)
+    )
 
 
 def transformer(layers: int = 2, width: int = 48, *, context: int = 32, std: float = 0.02) -> CharacterModel:
@@ -114,7 +117,7 @@ def warmup_cosine(peak: float, *, warmup: int, steps: int) -> Callable[[int], fl
     def rate(k: int) -> float:
         if k < warmup:
             return peak * (k + 1) / warmup
-        progress = (k - warmup) / max(1, steps - warmup)
+        progress = min(1.0, (k - warmup) / max(1, steps - warmup))
         return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
     return rate
