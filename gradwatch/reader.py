@@ -1,12 +1,11 @@
-"""Reads a run: running, finished, crashed or killed; DataFrames and batches out."""
+"""Reads a run: running, finished, crashed or killed; batches, rollups and DataFrames out."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from gradwatch.errors import ConfigurationError, RunNotFoundError, UnknownNameEr
 from gradwatch.records import (
     METRICS,
     MODULE_STATISTICS,
-    NOT_MEASURED,
     PARAMETER_STATISTICS,
     SKIP_REASONS,
     STAGES,
@@ -29,10 +27,13 @@ from gradwatch.records import (
     RunInfo,
     StepBatch,
 )
-from gradwatch.storage.catalog import Catalog, Segment
-from gradwatch.storage.events import RESUMED, decode_events, whole_lines
+from gradwatch.storage import frames
+from gradwatch.storage.catalog import Catalog
+from gradwatch.storage.events import EventLog
 from gradwatch.storage.files import files_at
-from gradwatch.storage.layout import EVENTS_FILE, GRAD_NORM, RUN_FILE, STEPS, metric_column
+from gradwatch.storage.layout import GRAD_NORM, RUN_FILE, STEPS
+from gradwatch.storage.rollups import METRIC, Rollup
+from gradwatch.storage.selection import Patterns, check_steps, matching, read_metrics, read_rollup, read_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,62 +43,73 @@ STALE = 90.0
 
 
 class RunReader:
-    """A run directory, opened for reading; works while the run is being written and after a crash.
+    """A run directory, opened for reading; works while the run is being written, and after a crash.
+
+    What is damaged is left out, said in the log and listed in `damage`; the rest can be read.
 
     Args:
         path: The run directory, or a URL that pyarrow or fsspec can read (`s3://`, `gs://`, `memory://`).
+
+    Attributes:
+        path: The same, as a path.
 
     Raises:
         RunNotFoundError: When there is no run.
         RunFormatError: When there is something else, or a run of a newer version.
         RunCorruptError: When nothing of it can be read.
+
+    Examples:
+        >>> import tempfile
+        >>> from gradwatch.testing import write_run
+        >>> run = RunReader(write_run(tempfile.mkdtemp() + "/run", steps=2000, parameters=6))
+        >>> len(run)
+        2000
+        >>> run.grad_norms(steps=slice(10, 20)).shape
+        (10, 6)
+        >>> run.rollup(1000).maximum.shape
+        (2, 6)
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._files = files_at(path)
         self._where = os.fspath(path)
+        self._files = files_at(path)
         names = self._files.listing("")
         if RUN_FILE not in names and not self._files.listing(STEPS):
-            what = "is not a run directory: it has no run.json" if names else "does not exist or is empty"
+            what = "is no run: it has no run.json" if names else "does not exist or is empty"
             raise RunNotFoundError(f"{self._where} {what}")
         self._catalog = Catalog(self._files)
+        self._events = EventLog(self._files)
         self._facts = self._catalog.facts(f"{self._where}/{RUN_FILE}")
-        self._events: list[dict[str, Any]] = []
-        self._events_offset = 0
         self._steps: Ints | None = None
-        self._read_events()
 
     def refresh(self) -> None:
-        """Look for what was written since."""
+        """Look for what was written since; cheap when there is little."""
         self._catalog.refresh()
+        self._events.refresh()
         self._facts = self._catalog.facts(f"{self._where}/{RUN_FILE}")
         self._steps = None
-        self._read_events()
-
-    # -- facts -------------------------------------------------------------------------------------------------------
 
     @property
     def info(self) -> RunInfo:
-        """The facts of the run. A run that says it is running and whose process is gone reads as `crashed`."""
+        """The facts of the run. A run that says it is running but whose process is gone reads as `crashed`."""
         info = self._facts.info
         if info.status != "running":
             return info
         locked = self._files.is_locked()
         if locked or (locked is None and time.time() - info.heartbeat < STALE):
             return info
-        detail = info.status_detail or "the process ended without closing the run"
-        return dataclasses.replace(info, status="crashed", status_detail=detail)
+        return dataclasses.replace(info, status="crashed", status_detail="the process ended without closing the run")
 
     @property
     def processes(self) -> list[dict[str, Any]]:
-        """The processes that wrote the run, in order: host, pid, started, first step, status, versions."""
-        return self._facts.processes
+        """The processes that wrote the run, the last one last: host, pid, started, ended, status, first_step, versions."""
+        return [dict(process) for process in self._facts.processes]
 
     @property
     def damage(self) -> dict[str, str]:
-        """Files that could not be read, and why; the rest of the run is there."""
-        return self._catalog.damage
+        """What could not be read so far, and why."""
+        return dict(self._catalog.damage)
 
     @property
     def steps(self) -> Ints:
@@ -110,197 +122,187 @@ class RunReader:
     def __len__(self) -> int:
         return sum(rows.stop for _, _, rows in self._catalog.readable())
 
-    # -- steps -------------------------------------------------------------------------------------------------------
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """First and last recorded step, without reading those between; None for an empty run."""
+        return self._catalog.span()
 
-    def batches(self, size: int = 1000, statistics: Sequence[str] | None = None) -> Iterator[StepBatch]:
-        """The steps as the writer was given them, in pieces of at most `size`.
+    # -- arrays ------------------------------------------------------------------------------------------------------
+
+    def batches(
+        self, size: int = 1000, statistics: Sequence[str] | None = None, *, steps: slice | None = None
+    ) -> Iterator[StepBatch]:
+        """The steps as the writer was given them, however they were cut into batches then.
 
         Args:
-            size: Steps in a piece.
+            size: At most so many steps in a batch.
             statistics: Sampled statistics to read; all by default.
+            steps: Only these step numbers.
         """
         if size < 1:
             raise ConfigurationError.of("size", ">= 1", size)
-        known = {parameter.name: parameter for parameter in self._facts.info.parameters}
-        for _, segment, rows in self._catalog.readable():
-            parameters = tuple(known.get(name) or Parameter(name) for name in segment.layout.parameters)
-            if parameters == self._facts.info.parameters:
-                parameters = self._facts.info.parameters
-            yield from segment.batch(parameters, statistics)[rows].split(size)
+        return self._catalog.batches(self._facts.info.parameters, statistics, check_steps(steps), size=size)
+
+    def values(
+        self, statistic: str = GRAD_NORM, *, layers: Patterns = None, steps: slice | None = None
+    ) -> tuple[Ints, npt.NDArray[np.float32], tuple[str, ...]]:
+        """A statistic as arrays, for programs; `NOT_MEASURED` where absent.
+
+        Returns:
+            The steps at which it was taken, int64 of shape (k,); the values of shape (k, c); the names of the c columns.
+        """
+        names = self._names(statistic, layers)
+        step, values = read_values(self._catalog, statistic, names, check_steps(steps))
+        return step, values, names
+
+    def rollup(
+        self, resolution: int, statistic: str = GRAD_NORM, *, layers: Patterns = None, steps: slice | None = None
+    ) -> Rollup:
+        """A statistic in bins of `resolution` steps: counts and extremes, none of them lost.
+
+        Args:
+            resolution: Steps in a bin. Powers of ten are read from the rollups; others too where a power of ten divides
+                them, else from the steps.
+            statistic: Name of a statistic, or `metric` for the metrics.
+            layers: Only these: a name, a pattern such as `encoder.*`, or a list of them.
+            steps: Only bins that touch these step numbers.
+        """
+        if not isinstance(resolution, int) or resolution < 1:
+            raise ConfigurationError.of("resolution", "an integer >= 1", resolution)
+        names = self.metric_names if statistic == METRIC else self._names(statistic, layers)
+        return read_rollup(
+            self._files, self._catalog, names, check_steps(steps), statistic=statistic, resolution=resolution
+        )
+
+    def resolution_for(self, bins: int, *, steps: slice | None = None) -> int:
+        """The finest power of ten at which the run (or the given steps of it) has at most `bins` bins."""
+        if bins < 1:
+            raise ConfigurationError.of("bins", ">= 1", bins)
+        first, last = self.span or (0, 0)
+        if steps is not None:
+            first, last = max(first, steps.start or 0), min(last, last if steps.stop is None else steps.stop - 1)
+        resolution = 1
+        while last // resolution - first // resolution + 1 > bins:
+            resolution *= 10
+        return resolution
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics of the run: those of every run, then what was logged."""
+        logged = {name for layout in self._catalog.layouts() for name in layout.metrics}
+        return (*METRICS, *sorted(logged - set(METRICS)))
+
+    @property
+    def statistic_names(self) -> tuple[str, ...]:
+        """The statistics that were taken, `grad_norm` first."""
+        taken = {name for layout in self._catalog.layouts() for name in layout.statistics}
+        return (GRAD_NORM, *sorted(taken - {GRAD_NORM}))
+
+    def _names(self, statistic: str, layers: Patterns) -> tuple[str, ...]:
+        known = {*PARAMETER_STATISTICS, *MODULE_STATISTICS, *self.statistic_names}
+        if statistic not in known:
+            raise UnknownNameError.among("statistic", statistic, known)
+        if statistic in MODULE_STATISTICS:
+            modules = dict.fromkeys(self._facts.info.modules)
+            modules |= dict.fromkeys(name for layout in self._catalog.layouts() for name in layout.modules)
+            wanted = matching("module", modules, layers)
+            return tuple(name for name in modules if name in wanted)
+        return tuple(parameter.name for parameter in self._chosen(layers))
+
+    def _chosen(self, layers: Patterns) -> tuple[Parameter, ...]:
+        parameters = self._facts.info.parameters
+        wanted = matching("layer", (parameter.layer for parameter in parameters), layers)
+        return tuple(parameter for parameter in parameters if parameter.layer in wanted)
+
+    # -- tables ------------------------------------------------------------------------------------------------------
 
     def grad_norms(
         self,
         by: str = "parameter",
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: Patterns = None,
         steps: slice | None = None,
         resolution: int | None = None,
+        aggregate: str = "mean",
     ) -> pd.DataFrame:
-        """Gradient norms, one row per step.
+        """Gradient norms, one row per step, one column per parameter or layer; NaN where nothing was measured.
 
         Args:
             by: `parameter` or `layer`.
             layers: Only these: a name, a pattern such as `encoder.*`, or a list of them.
             steps: Only these step numbers, such as `slice(0, 10_000)`.
-            resolution: Steps in a row: reads the rollups instead (geometric mean).
+            resolution: One row per so many steps, from the rollups; the index is then the first step of each. Layers are
+                then put together from their parameters: an upper bound for `maximum`, a lower one for `minimum`.
+            aggregate: With `resolution`: `mean` (geometric), `minimum`, `maximum`, `count` or `nonfinite`.
 
-        Returns:
-            Index `step`; NaN where nothing was measured.
+        Examples:
+            `run.grad_norms(by="layer", layers="encoder.*", resolution=1000, aggregate="maximum")`
         """
         if by not in ("parameter", "layer"):
-            raise UnknownNameError.among("by", by, ("parameter", "layer"))
-        import pandas as pd
-
-        parameters = self._chosen(layers)
-        step, values = self._read(GRAD_NORM, [p.name for p in parameters], steps)
-        if by == "layer":
-            groups = Layers(parameters)
-            return pd.DataFrame(_shown(groups.norms(values)), index=_index(step), columns=pd.Index(groups.names, name="layer"))
-        return pd.DataFrame(_shown(values), index=_index(step), columns=pd.Index([p.name for p in parameters], name="parameter"))
+            raise UnknownNameError.among("grouping", by, ("parameter", "layer"))
+        if by == "parameter":
+            return self.statistic(GRAD_NORM, layers=layers, steps=steps, resolution=resolution, aggregate=aggregate)
+        if resolution is not None:
+            rollup = self.rollup(resolution, layers=layers, steps=steps)
+            return frames.by_layer(rollup, self._chosen(layers), frames.check_aggregate(aggregate))
+        step, values, _ = self.values(layers=layers, steps=steps)
+        groups = Layers(self._chosen(layers))
+        return frames.of_values(step, groups.norms(values), groups.names)
 
     def statistic(
         self,
         name: str,
         *,
-        layers: str | Sequence[str] | None = None,
+        layers: Patterns = None,
         steps: slice | None = None,
         resolution: int | None = None,
+        aggregate: str = "mean",
     ) -> pd.DataFrame:
-        """A statistic at the steps at which it was sampled; as `grad_norms`. Columns are parameters, or modules."""
-        if name == GRAD_NORM:
-            return self.grad_norms(layers=layers, steps=steps, resolution=resolution)
-        import pandas as pd
+        """A statistic, one row per step at which it was taken; arguments and NaN as in `grad_norms`.
 
-        if name in MODULE_STATISTICS:
-            names = [m for m in self._modules() if _matches(m, layers)]
-        else:
-            names = [p.name for p in self._chosen(layers)]
-        step, values = self._read(name, names, steps)
-        return pd.DataFrame(_shown(values), index=_index(step), columns=names)
+        Columns are parameters, or modules for the statistics of outputs.
+        """
+        if resolution is not None:
+            rollup = self.rollup(resolution, name, layers=layers, steps=steps)
+            return frames.of_rollup(rollup, frames.check_aggregate(aggregate))
+        step, values, names = self.values(name, layers=layers, steps=steps)
+        return frames.of_values(step, values, names)
 
-    def metrics(self, steps: slice | None = None) -> pd.DataFrame:
-        """Loss, learning rate and all that was logged, one row per step, NaN where not known."""
-        import pandas as pd
+    def metrics(self, *, steps: slice | None = None) -> pd.DataFrame:
+        """Loss, learning rate and all that was logged, one row per step; NaN where not known.
 
-        names = dict.fromkeys(METRICS)
-        parts = []
-        for _, segment, rows in self._catalog.readable():
-            rows = _within(segment.step, rows, steps)
-            batch = segment.batch((), ())[rows]
-            names.update(dict.fromkeys(segment.layout.metrics))
-            parts.append(batch)
-        step = np.concatenate([np.empty(0, np.int64), *(b.step for b in parts)])
-        columns = {n: _shown(np.concatenate([np.empty(0), *(b.metric(n) for b in parts)])) for n in names}
-        columns["stage"] = np.array(STAGES, object)[np.concatenate([np.empty(0, np.int8), *(b.stage for b in parts)]).astype(int)]
-        columns["skip_reason"] = np.array(SKIP_REASONS, object)[np.concatenate([np.empty(0, np.int8), *(b.skip_reason for b in parts)]).astype(int)]
-        return pd.DataFrame(columns, index=_index(step))
+        The columns `stage` and `skip_reason` are words.
+        """
+        step, numbers = read_metrics(self._catalog, self.metric_names, check_steps(steps))
+        words = {"stage": np.array(STAGES)[numbers.stage], "skip_reason": np.array(SKIP_REASONS)[numbers.skip_reason]}
+        return frames.of_metrics(step, numbers.metrics, words)
 
     def parameters(self) -> pd.DataFrame:
-        """The parameters, one row each."""
-        import pandas as pd
+        """The parameters in order, index `name`: shape, layer, depth, dtype, kind, activation, aliases, trainable, size."""
+        return frames.of_parameters(self._facts.info.parameters)
 
-        fields = [f.name for f in dataclasses.fields(Parameter)]
-        rows = [{**{n: getattr(p, n) for n in fields}, "size": p.size} for p in self._facts.info.parameters]
-        return pd.DataFrame(rows, columns=[*fields, "size"]).set_index("name")
+    def findings(self) -> pd.DataFrame:
+        """The findings, one row each, in order of their opening."""
+        return frames.of_findings(self.finding_list())
 
-    def _modules(self) -> tuple[str, ...]:
-        names = dict.fromkeys(self._facts.info.modules)
-        for _, segment, _ in self._catalog.readable():
-            names.update(dict.fromkeys(segment.layout.modules))
-        return tuple(names)
-
-    def _chosen(self, layers: str | Sequence[str] | None) -> list[Parameter]:
-        chosen = [p for p in self._facts.info.parameters if _matches(p.layer, layers)]
-        if layers is not None and not chosen:
-            raise UnknownNameError.among("layer", layers, {p.layer for p in self._facts.info.parameters})
-        return chosen
-
-    def _read(self, statistic: str, names: list[str], steps: slice | None) -> tuple[Ints, npt.NDArray[np.float32]]:
-        all_steps, blocks = [np.empty(0, np.int64)], [np.empty((0, len(names)), np.float32)]
-        for _, segment, rows in self._catalog.readable():
-            rows = _within(segment.step, rows, steps)
-            there = set(segment.layout.names(statistic))
-            present = [i for i, name in enumerate(names) if name in there]
-            samples = segment.values(statistic, [names[i] for i in present])
-            low, high = np.searchsorted(samples.rows, (rows.start, rows.stop))
-            block = np.full((high - low, len(names)), NOT_MEASURED, np.float32)
-            block[:, present] = samples.values[low:high]
-            all_steps.append(segment.step[samples.rows[low:high]])
-            blocks.append(block)
-        return np.concatenate(all_steps), np.concatenate(blocks)
+    def actions(self) -> pd.DataFrame:
+        """The actions, one row each, in order."""
+        return frames.of_actions(self.action_list())
 
     # -- events ------------------------------------------------------------------------------------------------------
 
-    def _read_events(self) -> None:
-        try:
-            data = self._files.read(EVENTS_FILE, self._events_offset)
-        except FileNotFoundError:
-            return
-        self._events_offset += whole_lines(data)
-        self._events += decode_events(data)
-
     def finding_list(self) -> list[Finding]:
-        """The findings in order of their opening, each as last reported."""
-        found: dict[str, Finding] = {}
-        for event in self._events:
-            if event["kind"] == "finding":
-                f = Finding.from_json(event)
-                found[f.id] = f
-        return list(found.values())
+        """The findings in order of their opening, each as last reported; not those of superseded steps."""
+        return self._events.findings()
 
     def action_list(self) -> list[ActionRecord]:
-        """The actions in order, each as last reported."""
-        found: dict[str, ActionRecord] = {}
-        for event in self._events:
-            if event["kind"] == "action":
-                a = ActionRecord.from_json(event)
-                found[a.id] = a
-        return list(found.values())
+        """The actions in order, each as last reported; not those of superseded steps."""
+        return self._events.actions()
 
     def marks(self) -> list[dict[str, Any]]:
-        """Marks: what else happened, such as a resumption."""
-        return [e for e in self._events if e["kind"] == "mark"]
+        """What else happened: JSON objects with `name` and `time`, such as `resumed` and `thinned` with their steps."""
+        return self._events.of_kind("mark")
 
-    def findings(self) -> pd.DataFrame:
-        """The findings, one row each."""
-        import pandas as pd
-
-        columns = "rule severity first_step last_step layer parameter value threshold cause advice resolved_step".split()
-        rows = [
-            (f.rule, f.severity, f.first_step, f.last_step, f.layers[0] if f.layers else "", f.parameters[0] if f.parameters else "",
-             f.value, f.threshold, f.cause, "; ".join(f.advice), f.resolved_step)
-            for f in self.finding_list()
-        ]
-        return pd.DataFrame(rows, columns=columns)
-
-    def actions(self) -> pd.DataFrame:
-        """The actions, one row each."""
-        import pandas as pd
-
-        columns = "step action layer detail reason before after outcome".split()
-        rows = [(a.step, a.action, a.layers[0] if a.layers else "", a.detail, a.reason, a.before, a.after, a.outcome) for a in self.action_list()]
-        return pd.DataFrame(rows, columns=columns)
-
-
-def _matches(name: str, patterns: str | Sequence[str] | None) -> bool:
-    if patterns is None:
-        return True
-    return any(fnmatchcase(name, pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns))
-
-
-def _within(step: Ints, rows: slice, steps: slice | None) -> slice:
-    if steps is None:
-        return rows
-    low = 0 if steps.start is None else int(np.searchsorted(step, steps.start))
-    high = rows.stop if steps.stop is None else int(np.searchsorted(step, steps.stop))
-    return slice(min(low, rows.stop), min(high, rows.stop))
-
-
-def _index(step: Ints) -> Any:
-    import pandas as pd
-
-    return pd.Index(step, name="step")
-
-
-def _shown(values: Any) -> Any:
-    return np.where(values == NOT_MEASURED, np.nan, values)
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """All events of a kind (`finding`, `action`, `alert`, `mark`) as written."""
+        return self._events.of_kind(kind)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import time
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gradwatch.errors import RunCorruptError, RunError, RunFormatError
+from gradwatch.errors import RunCorruptError, RunError
 from gradwatch.records import Ints, Parameter, RunInfo, Samples, StepBatch
 from gradwatch.storage.batches import join
 from gradwatch.storage.facts import Facts, decode_facts
 from gradwatch.storage.files import Files
 from gradwatch.storage.layout import GRAD_NORM, OPEN_SUFFIX, RUN_FILE, SAMPLES, SEALED_SUFFIX, STEPS, Layout, Stem
-from gradwatch.storage.segments import SealedSegment
+from gradwatch.storage.segments import Numbers, SealedSegment
 from gradwatch.storage.stream import StreamDecoder
 
+logger = logging.getLogger("gradwatch")
 _EMPTY = Layout(())
 
 
@@ -75,6 +75,11 @@ class StreamSegment:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
         return Samples(samples.rows, samples.values[:, columns])
 
+    def metrics(self, names: Sequence[str], *, words: bool = False) -> Numbers:  # noqa: ARG002 -- they cost nothing here
+        """As `SealedSegment.metrics`."""
+        batch = self._batch
+        return Numbers({name: np.asarray(batch.metric(name), np.float64) for name in names}, batch.stage, batch.skip_reason)
+
     def batch(self, parameters: tuple[Parameter, ...], statistics: Sequence[str] | None) -> StepBatch:
         """The whole segment."""
         kept = {k: v for k, v in self._batch.statistics.items() if statistics is None or k in statistics}
@@ -96,6 +101,8 @@ class Catalog:
         self._sealed: dict[Stem, SealedSegment] = {}
         self._streams: dict[Stem, StreamSegment] = {}
         self._names: dict[Stem, str] = {}
+        self._layouts: list[Layout] = []
+        self._layouts_of: tuple[Stem, ...] | None = None
         #: What could not be read, in words.
         self.damage: dict[str, str] = {}
         self.refresh()
@@ -143,19 +150,36 @@ class Catalog:
             self._sealed[stem] = SealedSegment(self._files.open, f"{STEPS}/{sealed}", f"{SAMPLES}/{sealed}")
         return self._sealed[stem]
 
-    def readable(self) -> list[tuple[Stem, Segment, slice]]:
-        """The segments that can be read, each with the rows that count; what cannot be read is noted in `damage`."""
+    def note(self, stem: Stem, error: Exception) -> None:
+        """Remember that a segment cannot be read; says so in the log, once."""
+        if str(stem) not in self.damage:
+            self.damage[str(stem)] = str(error)
+            logger.warning("gradwatch: segment %s cannot be read and is left out: %s", stem, error)
+
+    def readable(self, steps: slice | None = None) -> list[tuple[Stem, Segment, slice]]:
+        """The segments that can be read, each with the rows that count; what cannot be read is noted in `damage`.
+
+        Args:
+            steps: Leave out segments that have no step in this range, as far as their names tell.
+        """
         found = []
         for stem in self.stems():
+            if steps is not None and self._is_outside(stem, steps):
+                continue
             try:
                 segment = self.segment(stem)
                 rows = self._rows_that_count(stem, segment)
             except RunError as error:
-                self.damage[str(stem)] = str(error)
+                self.note(stem, error)
                 continue
             if rows.stop:
                 found.append((stem, segment, rows))
         return found
+
+    def _is_outside(self, stem: Stem, steps: slice) -> bool:
+        limit = self.limit(stem)
+        before = steps.start is not None and limit is not None and limit <= steps.start
+        return before or (steps.stop is not None and stem.first >= steps.stop)
 
     def _rows_that_count(self, stem: Stem, segment: Segment) -> slice:
         limit = self.limit(stem)
@@ -166,8 +190,47 @@ class Catalog:
 
     def last_step(self) -> int:
         """The last step that was recorded; -1 when none was."""
-        found = self.readable()
-        return max((int(segment.step[rows.stop - 1]) for _, segment, rows in found), default=-1)
+        span = self.span()
+        return -1 if span is None else span[1]
+
+    def span(self) -> tuple[int, int] | None:
+        """First and last step that count; reads the outermost segments only."""
+        stems = self.stems()
+        ends: list[int] = []
+        for ordered, row in ((stems, 0), (stems[::-1], -1)):
+            for stem in ordered:
+                try:
+                    segment = self.segment(stem)
+                    rows = self._rows_that_count(stem, segment)
+                except RunError as error:
+                    self.note(stem, error)
+                    continue
+                if rows.stop:
+                    ends.append(int(segment.step[rows][row]))
+                    break
+        return (ends[0], ends[1]) if len(ends) == 2 else None
+
+    def layouts(self) -> list[Layout]:
+        """The layouts of the segments, each once."""
+        if (stems := tuple(self._names)) != self._layouts_of:
+            self._layouts = list(dict.fromkeys(segment.layout for _, segment, _ in self.readable()))
+            self._layouts_of = stems
+        return self._layouts
+
+    def batches(
+        self, parameters: tuple[Parameter, ...], statistics: Sequence[str] | None, steps: slice | None, *, size: int
+    ) -> Iterator[StepBatch]:
+        """The steps that count, with the given parameters' descriptions, in pieces of at most `size`."""
+        known = {parameter.name: parameter for parameter in parameters}
+        for stem, segment, rows in self.readable(steps):
+            part = within(segment.step[rows], steps)
+            columns = tuple(known.get(name) or Parameter(name) for name in segment.layout.parameters)
+            try:
+                batch = segment.batch(parameters if columns == parameters else columns, statistics)
+            except RunError as error:
+                self.note(stem, error)
+                continue
+            yield from batch[part].split(size)
 
     def facts(self, where: str = RUN_FILE) -> Facts:
         """The content of `run.json`; when it is missing or damaged, as much as the segments tell.
@@ -185,4 +248,13 @@ class Catalog:
             if not parameters:
                 raise RunCorruptError(f"{where} is missing or damaged, and there are no steps: {error}") from error
             self.damage[RUN_FILE] = str(error)
-            return Facts(RunInfo(tuple(Parameter(name) for name in dict.fromkeys(parameters)), started=time.time()))
+            return Facts(RunInfo(tuple(Parameter(name) for name in dict.fromkeys(parameters))))
+
+
+def within(steps: Ints, wanted: slice | None) -> slice:
+    """The rows of ascending steps that lie in the range of steps `wanted`."""
+    if wanted is None:
+        return slice(0, len(steps))
+    low = 0 if wanted.start is None else int(np.searchsorted(steps, wanted.start))
+    high = len(steps) if wanted.stop is None else int(np.searchsorted(steps, wanted.stop))
+    return slice(low, max(low, high))

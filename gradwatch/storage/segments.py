@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 
 from gradwatch.errors import RunCorruptError
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Floats, Ints, Parameter, Samples, StepBatch
+from gradwatch.storage.arrow import numbers, plain, strings
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
-from gradwatch.storage.stream import codes, measured, nullable, words
+from gradwatch.storage.stream import codes, measured, nullable
 
 #: How long Python code runs at a stretch, and how long it then lets the training thread have the interpreter (seconds).
 _STRETCH, _BREATH = 3e-4, 5e-5
@@ -76,9 +77,9 @@ def gather(batches: Sequence[StepBatch], statistic: str, width: int) -> Columns:
 def encode_steps(batches: Sequence[StepBatch], layout: Layout, norms: Columns) -> pa.Buffer:
     """The file below `steps/`: one row per step, with the metrics and the gradient norms."""
     arrays: list[pa.Array] = [
-        pa.array(np.concatenate([batch.step for batch in batches])),
-        words(STAGES, np.concatenate([batch.stage for batch in batches])),
-        words(SKIP_REASONS, np.concatenate([batch.skip_reason for batch in batches])),
+        numbers(np.concatenate([batch.step for batch in batches])),
+        strings(STAGES, np.concatenate([batch.stage for batch in batches])),
+        strings(SKIP_REASONS, np.concatenate([batch.skip_reason for batch in batches])),
     ]
     names = ["step", "stage", "skip_reason"]
     for metric in layout.metrics:
@@ -92,7 +93,7 @@ def encode_steps(batches: Sequence[StepBatch], layout: Layout, norms: Columns) -
 def encode_samples(steps: Ints, layout: Layout, statistics: dict[str, Columns]) -> pa.Buffer:
     """The file below `samples/`: one row per step at which a sampled statistic was taken."""
     rows = np.unique(np.concatenate([columns.rows for columns in statistics.values()]))
-    arrays, names = [pa.array(steps[rows])], ["step"]
+    arrays, names = [numbers(steps[rows])], ["step"]
     for name, columns in statistics.items():
         values = columns.values
         if len(columns.rows) != len(rows):
@@ -108,7 +109,7 @@ def _float_columns(values: Table) -> list[pa.Array]:
     columns = []
     partial = (values == NOT_MEASURED).any(axis=1) if values.size else np.zeros(len(values), bool)
     for row, is_partial in zip(values, partial.tolist(), strict=True):
-        columns.append(nullable(row) if is_partial else pa.array(row))
+        columns.append(nullable(row) if is_partial else numbers(row))
         breathe()
     return columns
 
@@ -141,6 +142,15 @@ PARQUET: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Metrics of n steps by name, float64 of shape (n,), and where asked for `stage` and `skip_reason` as in a batch."""
+
+    metrics: dict[str, npt.NDArray[np.float64]]
+    stage: Ints = field(default_factory=lambda: np.empty(0, np.int8))
+    skip_reason: Ints = field(default_factory=lambda: np.empty(0, np.int8))
+
+
 class SealedSegment:
     """A Parquet segment, opened on first use.
 
@@ -168,7 +178,7 @@ class SealedSegment:
     def step(self) -> Ints:
         """The steps, int64 of shape (n,)."""
         if self._step is None:
-            self._step = self.metrics(["step"])["step"].astype(np.int64)
+            self._step = plain(self._read(self._steps, ["step"]).column("step"))
         return self._step
 
     @property
@@ -178,10 +188,24 @@ class SealedSegment:
             self._read(self._steps, [])
         return self._rows or 0
 
-    def metrics(self, columns: list[str]) -> dict[str, npt.NDArray[Any]]:
-        """Columns of the steps by their names in the file; codes for `stage` and `skip_reason`."""
-        table = self._read(self._steps, columns)
-        return {name: _to_numpy(table, name) for name in columns}
+    def metrics(self, names: Sequence[str], *, words: bool = False) -> Numbers:
+        """Metrics; those that the segment lacks are `NOT_MEASURED`.
+
+        Args:
+            names: Of the metrics.
+            words: Read the stages and skip reasons too.
+        """
+        columns = {name: metric_column(name) for name in names if name in self.layout.metrics}
+        wanted = [*(("stage", "skip_reason") if words else ()), *columns.values()]
+        table = self._read(self._steps, wanted) if wanted else None
+        found = {name: np.full(self.count, NOT_MEASURED) for name in names if name not in columns}
+        if table is None:
+            return Numbers(found)
+        found |= {name: measured(table.column(column)) for name, column in columns.items()}
+        if not words:
+            return Numbers(found)
+        stage, reason = (table.column(name).combine_chunks() for name in ("stage", "skip_reason"))
+        return Numbers(found, codes(STAGES, stage), codes(SKIP_REASONS, reason))
 
     def values(self, statistic: str, names: Sequence[str]) -> Samples:
         """Rows (of the segment) at which a statistic was taken, and its values of shape (k, names)."""
@@ -190,7 +214,7 @@ class SealedSegment:
             table, rows = self._read(self._steps, wanted), np.arange(self.count)
         elif statistic in self.layout.statistics:
             table = self._read(self._samples, ["step", *wanted])
-            rows = np.searchsorted(self.step, _to_numpy(table, "step"))
+            rows = np.searchsorted(self.step, plain(table.column("step")))
         else:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
         values = np.empty((len(names), table.num_rows), np.float32)
@@ -204,19 +228,18 @@ class SealedSegment:
     def batch(self, parameters: tuple[Parameter, ...], statistics: Sequence[str] | None) -> StepBatch:
         """The whole segment."""
         layout = self.layout
-        columns = {metric: metric_column(metric) for metric in layout.metrics}
-        found = self.metrics(["stage", "skip_reason", *columns.values()])
+        found = self.metrics(layout.metrics, words=True)
         chosen = [name for name in layout.statistics if statistics is None or name in statistics]
         samples = {name: self.values(name, layout.names(name)) for name in chosen}
         return StepBatch(
             parameters=parameters,
             step=self.step,
             grad_norm=self.values(GRAD_NORM, layout.parameters).values,
-            metrics={metric: found[column] for metric, column in columns.items()},
+            metrics=found.metrics,
             statistics={name: taken for name, taken in samples.items() if len(taken.rows)},
             modules=layout.modules,
-            stage=found["stage"],
-            skip_reason=found["skip_reason"],
+            stage=found.stage,
+            skip_reason=found.skip_reason,
         )
 
     def _read(self, path: str, columns: list[str]) -> pa.Table:
@@ -229,11 +252,3 @@ class SealedSegment:
         except DAMAGE as error:
             raise RunCorruptError(f"{path} is damaged: {error}") from error
 
-
-def _to_numpy(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    column = table.column(name)
-    if name == "stage":
-        return codes(STAGES, column.combine_chunks())
-    if name == "skip_reason":
-        return codes(SKIP_REASONS, column.combine_chunks())
-    return measured(column) if pa.types.is_floating(column.type) else np.array(column.to_numpy())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradwatch.errors import RunExistsError, RunFormatError
+from gradwatch.errors import RunCorruptError, RunExistsError, RunFormatError
 from gradwatch.records import Parameter, RunInfo, StepBatch
 from gradwatch.storage.batches import ascending_runs
 from gradwatch.storage.catalog import Catalog
@@ -32,15 +32,13 @@ from gradwatch.storage.layout import (
     Stem,
 )
 from gradwatch.storage.lock import Lock
+from gradwatch.storage.open_segment import OpenSegment
 from gradwatch.storage.sealing import seal
-from gradwatch.storage.stream import StreamEncoder
-
-logger = logging.getLogger("gradwatch")
 
 #: An open segment is sealed when it holds this many bytes or rows, or is this old (seconds).
 SEAL_BYTES, SEAL_ROWS, SEAL_SECONDS = 16 << 20, 1 << 16, 3600.0
 _FOLDERS = (STEPS, SAMPLES, ROLLUPS)
-_OURS = {RUN_FILE, EVENTS_FILE, LOCK_FILE, *_FOLDERS}
+_OURS = {RUN_FILE, RUN_FILE + TEMPORARY_SUFFIX, EVENTS_FILE, LOCK_FILE, *_FOLDERS}
 
 
 class Store:
@@ -70,7 +68,9 @@ class Store:
             raise RunExistsError(f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(path / LOCK_FILE)
-        self._open: _OpenSegment | None = None
+        #: Whether there is something to seal.
+        self.has_ended = exists
+        self._open: OpenSegment | None = None
         self._events: int | None = None
         try:
             if exists and overwrite:
@@ -143,8 +143,8 @@ class Store:
     def _append(self, batch: StepBatch) -> None:
         layout, first = Layout.of(batch), int(batch.step[0])
         if self._open is not None:
-            joined = self._open.encoder.layout.joined(layout)
-            if joined != self._open.encoder.layout or first <= self._reached:
+            joined = self._open.layout.joined(layout)
+            if joined != self._open.layout or first <= self._reached:
                 self.end_segment()
                 layout = joined or layout
         if self._open is None:
@@ -160,7 +160,7 @@ class Store:
             self.facts.info = dataclasses.replace(self.facts.info, parameters=known)
             self.write_facts(sync=False)
         path = self.path / STEPS / f"{Stem(self._sequence, max(0, first))}{OPEN_SUFFIX}"
-        self._open = _OpenSegment(self.disk, path, StreamEncoder(layout))
+        self._open = OpenSegment(self.disk, path, layout)
         self._sequence += 1
 
     def append_events(self, lines: bytes, *, sync: bool) -> None:
@@ -177,8 +177,14 @@ class Store:
         if sync:
             self.disk.sync(self._events)
 
-    def write_facts(self, *, sync: bool) -> None:
-        """Replace `run.json`."""
+    def update(self, changes: Mapping[str, Any]) -> None:
+        """Change fields of the `RunInfo`; `write_facts` brings them to disk."""
+        self.facts.info = dataclasses.replace(self.facts.info, **changes)
+
+    def write_facts(self, *, sync: bool, overhead: Mapping[str, Any] | None = None) -> None:
+        """Replace `run.json`, with a new heartbeat and further numbers on gradwatch itself."""
+        info = self.facts.info
+        self.facts.info = dataclasses.replace(info, heartbeat=time.time(), overhead={**info.overhead, **(overhead or {})})
         data = self.facts.encode()
         self.disk.replace(self.path / RUN_FILE, data, sync=sync)
         self.bytes_written += len(data)
@@ -204,80 +210,41 @@ class Store:
         """Close the open segment; the next step begins another. `seal` turns it into Parquet."""
         if self._open is not None:
             segment, self._open = self._open, None
+            self.has_ended = True
             segment.close()
 
-    def unsealed(self) -> list[Stem]:
-        """Segments that are ended and not sealed."""
-        catalog = Catalog(LocalFiles(self.path))
-        current = self._open.path.name if self._open else ""
-        return [stem for stem in catalog.stems() if not catalog.is_sealed(stem) and f"{stem}{OPEN_SUFFIX}" != current]
-
     def seal(self) -> None:
-        """Seal what is ended: Parquet, rollups; remove the streams."""
-        for stem in self.unsealed():
-            self.bytes_written += seal(self.path, stem, self.disk)
+        """Turn the streams that are ended into Parquet, with rollups."""
+        current = self._open.path.name if self._open else ""
+        for name in sorted(LocalFiles(self.path).listing(STEPS)):
+            stem = Stem.parse(name.removesuffix(OPEN_SUFFIX))
+            if stem and name.endswith(OPEN_SUFFIX) and name != current:
+                self.bytes_written += seal(self.path, stem, self.disk)
+        self.has_ended = False
 
     # -- the end ---------------------------------------------------------------------------------------------------
+
+    def finish(
+        self, status: str, detail: str = "", *, overhead: Mapping[str, Any] | None = None, now: float | None = None
+    ) -> None:
+        """Seal all and write how the run ended."""
+        ended = time.time() if now is None else now
+        self.update({"status": status, "status_detail": detail, "ended": None if status == "running" else ended})
+        self.facts.processes[-1] |= {"status": status, "ended": ended}
+        try:
+            self.end_segment()
+            self.seal()
+        finally:
+            self.write_facts(sync=True, overhead=overhead)
 
     def release(self) -> None:
         """Close all files and let the lock go."""
         with contextlib.suppress(OSError):
             self.end_segment()
         if self._events is not None:
-            import os
-
             os.close(self._events)
             self._events = None
         self._lock.release()
-
-
-class _OpenSegment:
-    """The stream that is being written.
-
-    Args:
-        disk: What touches the file.
-        path: Of the file, which does not exist yet.
-        encoder: Knows the columns.
-    """
-
-    def __init__(self, disk: Disk, path: Path, encoder: StreamEncoder) -> None:
-        self.disk, self.path, self.encoder = disk, path, encoder
-        self.rows, self.size, self.since = 0, 0, time.monotonic()
-        self._file: int | None = disk.open(path)
-        try:
-            self._write(encoder.head)
-        except BaseException:
-            self.close()
-            with contextlib.suppress(OSError):
-                disk.remove(path)
-            raise
-
-    def append(self, batch: StepBatch) -> int:
-        data = self.encoder.encode(batch)
-        self._write(data)
-        self.rows += len(batch)
-        return len(data)
-
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None  # noqa: S101
-        try:
-            self.disk.append(self._file, data)
-        except OSError:
-            # Part of a record batch in the middle of the file would hide all that follows it.
-            self.disk.truncate(self._file, self.size)
-            raise
-        self.size += len(data)
-
-    def sync(self) -> None:
-        if self._file is not None:
-            self.disk.sync(self._file)
-
-    def close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            import os
-
-            os.close(file)
 
 
 def merged(old: Sequence[Parameter], new: Sequence[Parameter]) -> tuple[Parameter, ...]:
@@ -294,24 +261,14 @@ def _look_at(path: Path) -> bool:
     Raises:
         RunFormatError: When there is something else.
     """
-    if not path.exists():
-        return False
-    if not path.is_dir():
+    if path.exists() and not path.is_dir():
         raise RunFormatError(f"{path} is a file, not a run directory")
-    names = {entry.name for entry in path.iterdir()}
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     if not names - {LOCK_FILE}:
         return False
-    files = LocalFiles(path)
     if RUN_FILE in names:
-        with contextlib.suppress(RunFormatError):
-            pass
-        try:
-            decode_facts(files.read(RUN_FILE), f"{path / RUN_FILE}")
-        except RunFormatError:
-            raise
-        except Exception:  # noqa: BLE001
-            pass
-        return True
-    if names <= _OURS | {RUN_FILE + TEMPORARY_SUFFIX}:
-        return True
-    raise RunFormatError(f"{path} is not empty and not a run of gradwatch: choose another directory")
+        with contextlib.suppress(RunCorruptError):  # a damaged one can be overwritten, and perhaps resumed
+            decode_facts(LocalFiles(path).read(RUN_FILE), str(path / RUN_FILE))
+    elif not names <= _OURS:
+        raise RunFormatError(f"{path} holds something else than a run of gradwatch: choose another directory")
+    return True

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from gradwatch.errors import RunCorruptError, RunFormatError
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Floats, Ints, Parameter, Samples, StepBatch
+from gradwatch.storage.arrow import absent, booleans, numbers, plain, strings
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
 
 CHECKSUM = "crc32"
@@ -70,7 +71,11 @@ class _Collector(io.RawIOBase):
 
 def encode_rows(batch: StepBatch, layout: Layout, schema: pa.Schema) -> pa.RecordBatch:
     """The batch as Arrow columns; `NOT_MEASURED` becomes null."""
-    columns = [pa.array(np.asarray(batch.step, np.int64)), words(STAGES, batch.stage), words(SKIP_REASONS, batch.skip_reason)]
+    columns = [
+        numbers(np.asarray(batch.step, np.int64)),
+        strings(STAGES, batch.stage),
+        strings(SKIP_REASONS, batch.skip_reason),
+    ]
     columns += [nullable(np.asarray(batch.metric(name), np.float64)) for name in layout.metrics]
     columns.append(_lists(np.arange(len(batch)), batch.grad_norm, len(batch)))
     for name in layout.statistics:
@@ -82,27 +87,24 @@ def encode_rows(batch: StepBatch, layout: Layout, schema: pa.Schema) -> pa.Recor
     return pa.record_batch(columns, schema=schema)
 
 
-def words(table: tuple[str, ...], codes: Ints) -> pa.Array:
-    """Strings from indices into a table."""
-    return pa.array(table, pa.string()).take(pa.array(np.asarray(codes, np.int8)))
-
-
-def codes(table: tuple[str, ...], strings: pa.Array) -> Ints:
+def codes(table: tuple[str, ...], words: pa.Array | pa.ChunkedArray) -> Ints:
     """Indices into a table from strings; a word of a later version reads as the first."""
-    found = pc.fill_null(pc.index_in(strings, pa.array(table, pa.string())), 0)
-    return np.array(found.to_numpy(zero_copy_only=False), np.int8)
+    found = pc.index_in(words, strings(table, np.arange(len(table))))
+    return np.where(absent(found), 0, plain(found)).astype(np.int8)
 
 
 def nullable(values: Floats) -> pa.Array:
     """A float column; `NOT_MEASURED` becomes null, NaN stays NaN."""
-    absent = values == NOT_MEASURED
-    return pa.array(values, mask=absent) if absent.any() else pa.array(values)
+    missing = values == NOT_MEASURED
+    return numbers(values, missing if missing.any() else None)
 
 
 def measured(column: pa.Array | pa.ChunkedArray) -> Floats:
     """The inverse of `nullable`, a copy that can be written to."""
-    filled = pc.fill_null(column, pa.scalar(NOT_MEASURED, column.type)) if column.null_count else column
-    return np.array(filled.to_numpy(zero_copy_only=False) if isinstance(filled, pa.Array) else filled.to_numpy())
+    values: Floats = plain(column)
+    if column.null_count:
+        values[absent(column)] = NOT_MEASURED
+    return values
 
 
 def _lists(rows: Ints, values: Floats, n: int) -> pa.Array:
@@ -110,11 +112,11 @@ def _lists(rows: Ints, values: Floats, n: int) -> pa.Array:
     width = values.shape[1]
     present = np.zeros(n, bool)
     present[rows] = True
-    offsets = pa.array(np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32))
+    offsets = numbers(np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32))
     child = nullable(np.ascontiguousarray(values, np.float32).reshape(-1))
     if present.all():
         return pa.ListArray.from_arrays(offsets, child)
-    return pa.ListArray.from_arrays(offsets, child, mask=pa.array(~present))
+    return pa.ListArray.from_arrays(offsets, child, mask=booleans(~present))
 
 
 def checksum(rows: pa.RecordBatch) -> int:
@@ -177,7 +179,7 @@ def decode_rows(rows: pa.RecordBatch, layout: Layout, parameters: tuple[Paramete
     samples = {name: _samples(rows.column(name), len(layout.names(name))) for name in layout.statistics}
     return StepBatch(
         parameters=parameters,
-        step=np.array(rows.column("step").to_numpy(zero_copy_only=False), np.int64),
+        step=plain(rows.column("step")),
         grad_norm=_samples(rows.column(GRAD_NORM), len(layout.parameters)).values.reshape(n, len(layout.parameters)),
         metrics=metrics,
         statistics={name: found for name, found in samples.items() if len(found.rows)},
@@ -188,6 +190,6 @@ def decode_rows(rows: pa.RecordBatch, layout: Layout, parameters: tuple[Paramete
 
 
 def _samples(column: pa.ListArray, width: int) -> Samples:
-    present = np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))
+    present = np.flatnonzero(~absent(column))
     values = measured(column.flatten())
     return Samples(rows=present, values=values.reshape(len(present), width).astype(np.float32, copy=False))

@@ -1,0 +1,160 @@
+"""The file of a segment's rollups: one row group per resolution, rows in the order statistic, name, bin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gradwatch.errors import RunCorruptError
+from gradwatch.records import FORMAT_VERSION, Ints
+from gradwatch.storage.arrow import numbers, plain, strings
+from gradwatch.storage.layout import METADATA_KEY
+from gradwatch.storage.rollups import LEAST_SAMPLES, Array, Rollup, coarser, roll_up
+from gradwatch.storage.segments import DAMAGE, PARQUET, Breather, Columns
+
+#: How many values are rolled up at a time.
+_BLOCK = 1 << 17
+#: Mantissa bits that are kept of a mean: a relative error of 1.2e-4, for a quarter of the bytes.
+_MEAN_BITS = 12
+_FLOATS = ("minimum", "maximum", "mean")
+_COUNTS = ("count", "nonfinite")
+_WORD = pa.dictionary(pa.int32(), pa.string())
+_SCHEMA = pa.schema(
+    [("resolution", pa.int64()), ("statistic", _WORD), ("name", _WORD), ("start", pa.int64())]
+    + [(name, pa.int64()) for name in _COUNTS]
+    + [(name, pa.float64()) for name in _FLOATS]
+)
+
+
+def roll_up_columns(statistic: str, names: Sequence[str], columns: Columns, steps: Ints) -> list[Rollup]:
+    """All resolutions of one statistic of a segment, the finest first.
+
+    The finest is the first whose bins hold enough samples on average: finer ones would weigh more than the record itself.
+    """
+    taken = steps[columns.rows]
+    if not len(taken) or not len(names):
+        return []
+    resolution = 10
+    while len(taken) < LEAST_SAMPLES * len(np.unique(taken // resolution)) and taken[0] // resolution != taken[-1] // resolution:
+        resolution *= 10
+    finest = roll_up_in_blocks(columns.values, taken, resolution, statistic=statistic, names=names)
+    found = [finest]
+    while len(found[-1]) > 1:
+        found.append(coarser(found[-1], found[-1].resolution * 10))
+    return found
+
+
+def roll_up_in_blocks(
+    columns: npt.NDArray[Any], steps: Ints, resolution: int, *, statistic: str, names: Sequence[str]
+) -> Rollup:
+    """As `roll_up`, for columns of shape (c, k), in little memory and letting the interpreter go now and then."""
+    breathe = Breather()
+    width = max(1, _BLOCK // max(1, len(steps)))
+    parts = []
+    for low in range(0, len(names), width):
+        part = names[low : low + width]
+        parts.append(roll_up(columns[low : low + width].T, steps, resolution, statistic=statistic, names=part))
+        breathe()
+    joined = {f: np.concatenate([getattr(part, f) for part in parts], axis=1) for f in (*_COUNTS, *_FLOATS)}
+    return Rollup(statistic, resolution, tuple(names), parts[0].start, **joined)
+
+
+def encode_rollups(rollups: Sequence[Rollup]) -> pa.Buffer:
+    """The file, from rollups of any statistics and resolutions."""
+    sink = pa.BufferOutputStream()
+    resolutions = sorted({rollup.resolution for rollup in rollups})
+    with pq.ParquetWriter(sink, _SCHEMA, **PARQUET) as writer:
+        for resolution in resolutions:
+            tables = [_table(rollup) for rollup in rollups if rollup.resolution == resolution]
+            table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+            writer.write_table(table, row_group_size=table.num_rows)
+        writer.add_key_value_metadata({METADATA_KEY: f'{{"format_version": {FORMAT_VERSION}}}'})
+    return sink.getvalue()
+
+
+def _table(rollup: Rollup) -> pa.Table:
+    bins, columns = len(rollup), len(rollup.names)
+    rows = bins * columns
+    arrays = [
+        numbers(np.full(rows, rollup.resolution)),
+        pa.DictionaryArray.from_arrays(numbers(np.zeros(rows, np.int32)), _words([rollup.statistic])),
+        pa.DictionaryArray.from_arrays(
+            numbers(np.repeat(np.arange(columns, dtype=np.int32), bins)), _words(rollup.names)
+        ),
+        numbers(np.tile(rollup.start, columns)),
+        *(numbers(getattr(rollup, name).T.ravel()) for name in _COUNTS),
+        *(_floats(_rounded(rollup.mean) if name == "mean" else getattr(rollup, name)) for name in _FLOATS),
+    ]
+    return pa.Table.from_arrays(arrays, schema=_SCHEMA)
+
+
+def _words(words: Sequence[str]) -> pa.Array:
+    return strings(words, np.arange(len(words)))
+
+
+def _floats(values: Array) -> pa.Array:
+    flat = values.T.ravel()
+    return numbers(flat, np.isnan(flat))
+
+
+def _rounded(values: Array) -> Array:
+    """To `_MEAN_BITS` bits of mantissa, which zstd makes use of."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa * (1 << _MEAN_BITS)) / (1 << _MEAN_BITS), exponent)
+
+
+def decode_rollup(source: Any, where: str, statistic: str, resolution: int) -> Rollup | None:
+    """The statistic at the coarsest resolution in the file that divides `resolution`; None when there is none.
+
+    Raises:
+        RunCorruptError: When the file is damaged.
+    """
+    try:
+        with pq.ParquetFile(source, page_checksum_verification=True, read_dictionary=["statistic", "name"]) as file:
+            groups = _row_groups(file)
+            for found in sorted((r for r in groups if resolution % r == 0), reverse=True):
+                rollup = _select(file.read_row_group(groups[found]), statistic, found)
+                if rollup is not None:
+                    return coarser(rollup, resolution)
+            return None
+    except DAMAGE as error:
+        raise RunCorruptError(f"{where} is damaged: {error}") from error
+
+
+def _row_groups(file: pq.ParquetFile) -> Mapping[int, int]:
+    """Resolution to the place of its row group."""
+    found = {}
+    for i in range(file.num_row_groups):
+        statistics = file.metadata.row_group(i).column(0).statistics
+        if statistics is None or statistics.min != statistics.max or statistics.min < 1:
+            raise ValueError("a row group without its resolution")
+        found[int(statistics.min)] = i
+    return found
+
+
+def _select(table: pa.Table, statistic: str, resolution: int) -> Rollup | None:
+    """The rows of one statistic, as a grid of bins and names."""
+    words = table.column("statistic").combine_chunks()
+    known = words.dictionary.to_pylist()
+    if statistic not in known:
+        return None
+    rows = np.flatnonzero(plain(words.indices) == known.index(statistic))
+    if not len(rows):
+        return None
+    table = table.slice(rows[0], rows[-1] + 1 - rows[0])
+    names = table.column("name").combine_chunks()
+    codes = plain(names.indices)
+    edges = np.flatnonzero(np.diff(codes)) + 1
+    columns, bins = len(edges) + 1, len(rows) // (len(edges) + 1)
+    order = codes[::bins][:columns]
+    if bins * columns != table.num_rows or len(rows) != table.num_rows:
+        raise ValueError("the rows are no grid")
+    labels = names.dictionary.to_pylist()
+    grids = {name: plain(table.column(name)).reshape(columns, bins).T for name in (*_COUNTS, *_FLOATS)}
+    start = plain(table.column("start"))[:bins]
+    return Rollup(statistic, resolution, tuple(labels[code] for code in order), start, **grids)
