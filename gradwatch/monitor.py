@@ -80,7 +80,10 @@ class Monitor:
         self._event("mark", {"text": text, "step": step})
 
     def close(self, status: str, detail: str, overhead: dict[str, Any]) -> None:
-        """Close every stage; the writer last."""
+        """Close every stage; the writer last. Findings still open are noted once more, with their last step."""
+        for finding in self.faults.call("detectors", lambda: self.engine.open_findings, default=[]):
+            if self.findings.get(finding.id) != finding:
+                self.report(finding)
         for listener in self.listeners:
             self.faults.call(type(listener).__name__, listener.close, default=None)
         if self.writer:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from gradwatch.errors import RunCorruptError
 from gradwatch.records import FORMAT_VERSION, Ints
-from gradwatch.storage.arrow import numbers, plain, strings
+from gradwatch.storage.arrow import absent, numbers, plain, strings
 from gradwatch.storage.layout import METADATA_KEY
 from gradwatch.storage.rollups import LEAST_SAMPLES, Array, Rollup, coarser, roll_up
 from gradwatch.storage.segments import DAMAGE, PARQUET, Breather, Columns
@@ -102,6 +102,10 @@ def _floats(values: Array) -> pa.Array:
     return numbers(flat, np.isnan(flat))
 
 
+def _floats_back(column: pa.ChunkedArray) -> Array:
+    return np.where(absent(column), np.nan, plain(column))
+
+
 def _rounded(values: Array) -> Array:
     """To `_MEAN_BITS` bits of mantissa, which zstd makes use of."""
     mantissa, exponent = np.frexp(values)
@@ -155,6 +159,7 @@ def _select(table: pa.Table, statistic: str, resolution: int) -> Rollup | None:
     if bins * columns != table.num_rows or len(rows) != table.num_rows:
         raise ValueError("the rows are no grid")
     labels = names.dictionary.to_pylist()
-    grids = {name: plain(table.column(name)).reshape(columns, bins).T for name in (*_COUNTS, *_FLOATS)}
+    grids = {name: plain(table.column(name)).reshape(columns, bins).T for name in _COUNTS}
+    grids |= {name: _floats_back(table.column(name)).reshape(columns, bins).T for name in _FLOATS}
     start = plain(table.column("start"))[:bins]
     return Rollup(statistic, resolution, tuple(labels[code] for code in order), start, **grids)
