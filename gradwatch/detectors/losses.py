@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 
-from gradwatch.detectors.memory import Kept, Remembers
+from gradwatch.detectors.memory import Kept, Part, Remembers
+from gradwatch.detectors.recent import Recent
+
+#: The mean over so many first losses is where the loss began.
+OPENING = 5
 
 
 class LossCourse(Remembers):
-    """Where the loss began, where it is and how noisy it is; all of it relative, so that any scale and sign will do."""
+    """Where the loss began, where it is and how noisy it is; all of it relative, so that any scale and sign will do.
+
+    Attributes:
+        seen: Finite losses so far.
+        start: Mean of the first five.
+        fast, slow: Means over about 10 and 50 steps.
+        best: The least `fast` so far, reached at `best_step`.
+        noise: Running mean of the change from step to step.
+        lag1, lag2, power: Running products of the deviation from `fast` with itself one step, two steps and none before.
+    """
 
     seen = Kept(0)
-    first = Kept(math.nan)
     start = Kept(math.nan)
     fast = Kept(math.nan)
     slow = Kept(math.nan)
@@ -19,9 +31,11 @@ class LossCourse(Remembers):
     best_step = Kept(0)
     noise = Kept(0.0)
     last = Kept(math.nan)
-    least = Kept(math.inf)
-    flips = Kept(0.0)
-    rise = Kept(0.0)
+    before = Kept([0.0, 0.0])
+    lag1 = Kept(0.0)
+    lag2 = Kept(0.0)
+    power = Kept(0.0)
+    recent = Part(Recent)
 
     @property
     def known(self) -> bool:
@@ -35,28 +49,45 @@ class LossCourse(Remembers):
 
     @property
     def fallen(self) -> float:
-        """The share of its first value that the loss has lost so far, at its best; 0 while unknown."""
-        return (self.start - self.best) / self.scale if self.seen else 0.0
+        """The share of its first value that the loss lost at its best, beyond its noise; 0 while unknown."""
+        return (self.start - self.best - 0.6 * self.noise) / self.scale if self.seen else 0.0
+
+    @property
+    def above_best(self) -> float:
+        """How far the loss is above its best now, in shares of its first value, beyond its noise."""
+        return (self.fast - self.best - 0.6 * self.noise) / self.scale if self.seen else 0.0
 
     @property
     def falling(self) -> bool:
         """Whether the loss is lower now than it was a while ago, beyond its noise."""
-        return self.seen > 1 and self.slow - self.fast > 0.1 * self.noise + 1e-4 * self.scale
+        return self.seen > 1 and self.slow - self.fast > 0.3 * self.noise + 1e-3 * self.scale
+
+    @property
+    def alternation(self) -> float:
+        """How much the loss jumps up and down with period two: from -1 (not at all) to 1 (nothing else)."""
+        return min(-self.lag1, self.lag2) / self.power if self.power > 0 else 0.0
 
     def add(self, loss: float, step: int) -> None:
         """Take the finite loss of `step`."""
         self.seen += 1
         if self.seen == 1:
-            self.first = self.start = self.fast = self.slow = self.last = loss
-        elif self.seen <= 5:
+            self.start = self.fast = self.slow = self.last = loss
+        elif self.seen <= OPENING:
             self.start += (loss - self.start) / self.seen
-        change = loss - self.last
-        self.noise += max(0.05, 1 / self.seen) * (min(abs(change), 5 * self.noise + abs(self.start)) - self.noise)
-        self.flips += 0.05 * ((1.0 if change * self.rise < 0 else 0.0) - self.flips)
-        self.rise = change
+        self._correlate(loss - self.fast)
+        change = abs(loss - self.last)
+        limit = 5 * self.noise + (abs(self.start) if self.seen <= OPENING else 0.0) + 1e-12 * abs(loss)
+        self.noise += max(0.05, 1 / self.seen) * (min(change, limit) - self.noise)
         self.fast += max(0.1, 1 / self.seen) * (loss - self.fast)
         self.slow += max(0.02, 1 / self.seen) * (loss - self.slow)
         self.last = loss
-        self.least = min(self.least, loss)
-        if self.fast < self.best:
+        self.recent.add(loss)
+        if self.seen >= OPENING and self.fast < self.best:
             self.best, self.best_step = self.fast, step
+
+    def _correlate(self, deviation: float) -> None:
+        one, two = self.before
+        self.lag1 += 0.1 * (deviation * one - self.lag1)
+        self.lag2 += 0.1 * (deviation * two - self.lag2)
+        self.power += 0.1 * (deviation * deviation - self.power)
+        self.before = [deviation, one]

@@ -35,8 +35,12 @@ class Kept(Generic[T]):
         """The value after the run gained parameters."""
         return value
 
-    def restored(self, value: Any) -> Any:
-        """The value from a saved state."""
+    def saved(self, value: Any) -> Any:
+        """The value as a numpy array or JSON types."""
+        return copy.deepcopy(value)
+
+    def restored(self, value: Any, context: RunContext) -> Any:
+        """The value from what `saved` gave."""
         return copy.deepcopy(value)
 
     if TYPE_CHECKING:  # at run time the instance's own attribute hides this one
@@ -67,7 +71,7 @@ class PerLayer(Kept[npt.NDArray[Any]]):
         wider[..., self._columns(old, new)] = value
         return wider
 
-    def restored(self, value: Any) -> npt.NDArray[Any]:
+    def restored(self, value: Any, context: RunContext) -> npt.NDArray[Any]:
         """The array from a saved state, which may hold lists."""
         return np.array(value, dtype=np.array(self.fill).dtype)
 
@@ -113,9 +117,44 @@ class Remembers:
 
     def remembered(self) -> dict[str, Any]:
         """A copy of all state: numpy arrays and JSON types."""
-        return {name: copy.deepcopy(getattr(self, name)) for name in self.memory}
+        return {name: kept.saved(getattr(self, name)) for name, kept in self.memory.items()}
 
     def recall(self, state: Mapping[str, Any]) -> None:
         """Go on from what `remembered` gave."""
         for name, kept in self.memory.items():
-            setattr(self, name, kept.restored(state[name]))
+            setattr(self, name, kept.restored(state[name], self.context))
+
+
+R = TypeVar("R", bound=Remembers)
+
+
+class Part(Kept[R]):
+    """Something that keeps state of its own.
+
+    Args:
+        kind: Its class; made without arguments.
+    """
+
+    def __init__(self, kind: type[R]) -> None:
+        self.kind = kind
+
+    def fresh(self, context: RunContext) -> R:
+        """A new one."""
+        part = self.kind()
+        part.begin(context)
+        return part
+
+    def grown(self, value: R, old: RunContext, new: RunContext) -> R:
+        """The same one, grown."""
+        value.grow(new)
+        return value
+
+    def saved(self, value: R) -> dict[str, Any]:
+        """Its state."""
+        return value.remembered()
+
+    def restored(self, value: Mapping[str, Any], context: RunContext) -> R:
+        """One that goes on from the state."""
+        part = self.fresh(context)
+        part.recall(value)
+        return part

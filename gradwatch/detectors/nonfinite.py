@@ -70,7 +70,7 @@ class NonFinite(Rule):
     def _facts(self, now: Signals, bad_loss: bool, bad_weights: bool) -> dict[str, Any]:
         if "where" in self.life.evidence and self.life.open and self.life.first != now.step:
             return {}
-        names = now.layers.names
+        names = now.context.layers.names
         finite = [names[i] for i in np.flatnonzero(~now.bad & ~now.absent)]
         bad = np.flatnonzero(now.bad)
         where = "loss" if bad_loss else "weights" if bad_weights and not len(bad) else "gradient"
@@ -84,7 +84,7 @@ class NonFinite(Rule):
             "kind": "nan" if np.isnan(now.norms[bad]).any() or (bad_loss and math.isnan(now.loss)) else "inf",
             "skipped": now.skipped,
             "norm_before": _exp(now.total_level),
-            "total_rise": now.total_rise,
+            "total_rise": None if math.isnan(now.total_rise) else now.total_rise,
         }
         outputs = now.samples.get("activation_mean")
         if outputs is not None:

@@ -8,11 +8,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
-from gradwatch.detectors.memory import PerLayer
+from gradwatch.detectors.memory import Kept, PerLayer, PerParameter
 from gradwatch.detectors.rule import Rule, threshold
 from gradwatch.detectors.signals import Signals
-from gradwatch.records import Finding, Severity
+from gradwatch.records import NOT_MEASURED, Finding, Severity
 
 
 @dataclass(kw_only=True, eq=False)
@@ -26,29 +27,39 @@ class Dead(Rule):
     False alarms: layers used in some batches only, when unused for `patience` steps.
     """
 
-    patience: int = threshold(20, least=1)
+    patience: int = threshold(15, least=1)
     all_patience: int = threshold(3, least=1)
+    calm: int = threshold(5, least=1)
 
     rule: ClassVar[str] = "dead"
     rules: ClassVar[tuple[str, ...]] = ("dead",)
     count = PerLayer(0)
+    counting = Kept(False)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while layers are at zero."""
-        if now.clean and not self.life.open:
-            self.count[:] = 0
+        if now.clean:
+            if self.counting:
+                self.count[:] = 0
+                self.counting = False
             return None
-        self.count = np.where(now.zero, self.count + 1, 0)
+        self.counting = True
+        self.count = np.where(now.zero, self.count + 1, np.where(now.absent, self.count, 0))
         everything = bool((now.zero | now.absent).all()) and bool(now.zero.any())
         layers = self.count >= (self.all_patience if everything else self.patience)
         if not layers.any():
             return None
         longest = int(self.count.max())
         severity: Severity = "critical" if everything else "warning"
+        if everything and now.course.fallen > 0.9:
+            severity = "info"
         return Sign(
             severity=severity, badness=math.log(longest), value=float(longest), threshold=float(self.patience),
             layers=layers, scores=self.count.astype(float), since=now.step - longest + 1,
-            facts=lambda: {"all_layers": everything, "dead_layers": int(layers.sum()), "of_layers": len(layers)},
+            facts=lambda: {
+                "all_layers": everything, "dead_layers": int(layers.sum()), "of_layers": len(layers),
+                "from_start": longest > now.index, "loss_fallen": now.course.fallen if now.course.known else None,
+            },
         )  # fmt: skip
 
     def words(self, finding: Finding) -> str:
@@ -57,4 +68,67 @@ class Dead(Rule):
         if facts.get("all_layers"):
             return f"Every gradient is exactly zero since step {finding.first_step}: nothing is being learnt."
         names = ", ".join(repr(name) for name in finding.layers[:3])
-        return f"The gradient of {names} is exactly zero since step {finding.first_step} ({finding.value:.0f} steps)."
+        more = f" and {len(finding.layers) - 3} more layers" if len(finding.layers) > 3 else ""
+        return f"The gradient of {names}{more} is exactly zero since step {finding.first_step}."
+
+
+@dataclass(kw_only=True, eq=False)
+class Unused(Rule):
+    """A trainable parameter never got a gradient: usually a layer that `forward` forgets, or a stray `.detach()`.
+
+    Args:
+        patience: Steps without any gradient from the start, while others have one.
+
+    False alarms: layers that come into play late (a second phase of training); rarely used experts.
+    """
+
+    patience: int = threshold(30, least=2)
+
+    rule: ClassVar[str] = "unused"
+    rules: ClassVar[tuple[str, ...]] = ("unused",)
+    waiting = PerParameter(True)
+    steps = PerParameter(0)
+    done = Kept(False)
+
+    def begin(self, context: RunContext) -> None:
+        """Forget everything."""
+        super().begin(context)
+        self._trainable = np.array([p.trainable for p in context.parameters], dtype=bool)
+
+    def grow(self, context: RunContext) -> None:
+        """Go on with more parameters."""
+        super().grow(context)
+        self.done = False
+        self._trainable = np.array([p.trainable for p in context.parameters], dtype=bool)
+
+    def look(self, now: Signals) -> Sign | None:
+        """A sign while parameters wait for their first gradient."""
+        if self.done:
+            return None
+        missing = now.row == NOT_MEASURED
+        if missing.all():
+            return None
+        self.waiting &= missing
+        self.waiting &= self._trainable
+        if not self.waiting.any():
+            self.done = True
+            return None
+        self.steps += 1
+        late = self.waiting & (self.steps >= self.patience)
+        if not late.any():
+            return None
+        layers = np.zeros(len(now.logs), dtype=bool)
+        layers[self.context.layers.of_parameter[late]] = True
+        names = [self.context.parameters[i].name for i in np.flatnonzero(late)]
+        return Sign(
+            severity="warning", badness=float(len(names)), value=float(len(names)), threshold=0.0, layers=layers,
+            since=now.step - int(self.steps[late].max()) + 1,
+            facts=lambda: {"parameters": names[:20], "count": len(names)},
+        )  # fmt: skip
+
+    def words(self, finding: Finding) -> str:
+        """One sentence for a person."""
+        facts = finding.evidence
+        names, count = facts.get("parameters", ()), facts.get("count", 0)
+        shown = ", ".join(repr(name) for name in names[:3]) + (f" and {count - 3} more" if count > 3 else "")
+        return f"{shown} never got a gradient in {finding.last_step - finding.first_step + 1} steps."

@@ -8,11 +8,12 @@ import numpy as np
 
 from gradwatch.detectors.memory import FloatArray, Kept, PerLayer, Remembers
 
-#: Steps in the window.
+#: Steps in the window; it is summarised by means of `EVERY` steps and looked at as often.
 WINDOW = 48
-#: Steps between evaluations: the window is summarised by this many means of four.
 EVERY = 4
 BLOCKS = WINDOW // EVERY
+#: With fewer layers there is no common course that one layer could leave.
+LEAST_LAYERS = 3
 
 
 def _regression() -> tuple[FloatArray, float]:
@@ -26,11 +27,15 @@ _SLOPE, _SPREAD = _regression()
 class Trend(Remembers):
     """Slopes of the layers' log norms over the last 48 steps, from means of four steps, renewed every fourth.
 
+    What all layers do together (learning-rate schedules, convergence, a new curriculum) is subtracted as the median over the
+    layers, where there are three or more.
+
     Attributes:
         slope: Nats per step, shape (l,); NaN until a window is full.
         error: Standard error of the slope from the residuals, shape (l,).
         early, late: Change over the first and the second half of the window, shape (l,), nats.
-        fresh: Whether this step brought them up to date.
+        common: Median slope of the layers, nats per step; 0 with fewer than three.
+        fresh: Whether this step renewed them.
     """
 
     count = Kept(0)
@@ -40,6 +45,7 @@ class Trend(Remembers):
     error = PerLayer(math.nan)
     early = PerLayer(math.nan)
     late = PerLayer(math.nan)
+    common = Kept(0.0)
     fresh = Kept(False)
 
     def add(self, logs: FloatArray) -> None:
@@ -57,6 +63,13 @@ class Trend(Remembers):
 
     def _fit(self) -> None:
         blocks = self.blocks
+        self.common = 0.0
+        if blocks.shape[1] >= LEAST_LAYERS:
+            course = np.median(blocks, axis=1)
+            if np.isnan(course).any():
+                course = np.nan_to_num(np.nanmedian(np.where(np.isnan(blocks), np.nan, blocks), axis=1))
+            self.common = float(_SLOPE @ course)
+            blocks = blocks - course[:, None]
         self.slope = _SLOPE @ blocks
         centred = blocks - blocks.mean(axis=0)
         residual = np.einsum("ij,ij->j", centred, centred) - _SPREAD * self.slope**2

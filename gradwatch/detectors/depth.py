@@ -1,0 +1,70 @@
+"""Gradients that grow or shrink exponentially over depth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradwatch.detectors.life import Sign
+from gradwatch.detectors.memory import Kept
+from gradwatch.detectors.rule import Rule, threshold
+from gradwatch.detectors.signals import Signals
+from gradwatch.records import Finding, Severity
+
+
+@dataclass(kw_only=True, eq=False)
+class Imbalance(Rule):
+    """Log norms lie on a straight line over depth (in order of execution): each layer multiplies the gradient."""
+
+    ratio: float = threshold(200.0, above=1.0)
+    alarm_ratio: float = threshold(1e4, above=1.0)
+    fit: float = threshold(0.8, above=0.0, most=1.0)
+    layers: int = threshold(6, least=3)
+    patience: int = threshold(10, least=1)
+
+    rule: ClassVar[str] = "imbalance"
+    rules: ClassVar[tuple[str, ...]] = ("imbalance",)
+    count = Kept(0)
+    since = Kept(0)
+
+    def look(self, now: Signals) -> Sign | None:
+        """A sign while the profile is a steep line."""
+        profile = now.profile
+        if len(now.logs) < self.layers or abs(profile.drop) < math.log(self.ratio) or profile.fit < self.fit:
+            self.count = 0
+            return None
+        self.count += 1
+        if self.count == 1:
+            self.since = now.step
+        growing = profile.slope < 0
+        at_start = now.index < 3 and growing
+        if self.count < self.patience and not at_start:
+            return None
+        grave = growing and (at_start or abs(profile.drop) > math.log(self.alarm_ratio))
+        severity: Severity = "warning" if grave else "info"
+        return Sign(
+            severity=severity,
+            badness=abs(profile.drop),
+            value=math.exp(-profile.slope),
+            threshold=self.ratio ** (1 / max(1, len(now.logs) - 1)),
+            layers=np.ones(len(now.logs), dtype=bool),
+            scores=np.nan_to_num(profile.height, nan=-math.inf),
+            since=self.since,
+            facts=lambda: {
+                "slope": profile.slope, "fit": profile.fit, "factor": math.exp(min(abs(profile.drop), 700)),
+                "direction": "grow" if profile.slope < 0 else "shrink", "at_start": self.since < 3,
+            },
+        )  # fmt: skip
+
+    def words(self, finding: Finding) -> str:
+        """One sentence for a person."""
+        facts = finding.evidence
+        verb = "grow" if facts.get("direction") == "grow" else "shrink"
+        return (
+            f"Gradients {verb} {finding.value:.3g} times per layer towards the input since step {finding.first_step}: "
+            f"a factor of {facts.get('factor', math.nan):.2g} over {len(finding.layers)} layers "
+            f"(straight line over depth, R² {facts.get('fit', math.nan):.2f})."
+        )

@@ -1,0 +1,200 @@
+"""Gradients that grow: suddenly, exponentially, and for one step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from gradwatch.detectors import wording
+from gradwatch.detectors.life import Sign
+from gradwatch.detectors.memory import FloatArray, Kept, Mask, PerLayer
+from gradwatch.detectors.rule import Rule, threshold
+from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.trend import WINDOW
+from gradwatch.records import Finding
+
+
+@dataclass(kw_only=True, eq=False)
+class Exploding(Rule):
+    """Gradients leave the range that the run had so far, upwards, and stay there; or one layer grows exponentially.
+
+    Signs, each on log norms:
+    - *level*: the global norm is `ratio` times above the highest its robust baseline has been, `patience` steps in a row.
+      The baseline is a clipped running mean over 50 steps, so it follows warm-up and decay and hardly notices a spike.
+    - *drift*: a layer's slope against the median layer over 48 steps is at least `growth` a step, straight (t >= `certainty`,
+      both halves contribute) and adds up to `rise` nats.
+
+    Args:
+        ratio: Sustained factor above the run's own range. Megatron-LM's check for large gradients takes 10 times the maximum
+            of 100 steps for one step; a factor held for several steps can be as strict without its false alarms.
+        patience: Steps in a row.
+        growth: Nats per step.
+        rise: Nats over the window.
+        certainty: Slope over its standard error.
+
+    False alarms: a change of data or loss that multiplies the gradients lastingly is reported, and rightly so.
+    """
+
+    ratio: float = threshold(10.0, above=1.0)
+    patience: int = threshold(3, least=1)
+    growth: float = threshold(0.02, above=0.0)
+    rise: float = threshold(1.1, above=0.0)
+    certainty: float = threshold(8.0, above=0.0)
+
+    rule: ClassVar[str] = "exploding"
+    rules: ClassVar[tuple[str, ...]] = ("exploding",)
+    count = Kept(0)
+    since = Kept(0)
+    drifting = PerLayer(False)
+
+    def look(self, now: Signals) -> Sign | None:
+        """A sign while gradients are out of range or grow."""
+        return self._level(now) or self._drift(now)
+
+    def _level(self, now: Signals) -> Sign | None:
+        excess = now.above_peak - math.log(self.ratio)
+        if not excess > 0:
+            self.count = 0
+            return None
+        self.count += 1
+        if self.count == 1:
+            self.since = now.step
+        if self.count < self.patience and excess < 2 * math.log(self.ratio):
+            return None
+        scores = np.nan_to_num(now.logs - now.level, nan=-math.inf)
+        layers = scores > math.log(self.ratio)
+        return Sign(
+            severity="critical",
+            badness=now.above_peak,
+            value=wording.exp(now.above_peak),
+            threshold=self.ratio,
+            layers=layers,
+            scores=scores,
+            since=self.since,
+            facts=lambda: {"sign": "level", "norm": wording.exp(now.total), "usual_norm": wording.exp(now.peak)},
+        )
+
+    def _drift(self, now: Signals) -> Sign | None:
+        trend = now.trend
+        if trend.fresh:
+            self.drifting = straight(now, self.growth, self.rise, self.certainty)
+        if not self.drifting.any():
+            return None
+        slope = float(np.nanmax(np.where(self.drifting, trend.slope, -math.inf)))
+        return Sign(
+            severity="warning",
+            badness=slope * WINDOW,
+            value=math.expm1(slope),
+            threshold=math.expm1(self.growth),
+            layers=self.drifting,
+            scores=trend.slope * WINDOW,
+            since=max(0, now.step - WINDOW + 1),
+            facts=lambda: drift_facts(now, slope),
+        )
+
+    def words(self, finding: Finding) -> str:
+        """One sentence for a person."""
+        where = wording.where(finding)
+        if finding.evidence.get("sign") == "drift":
+            return wording.drift("grow", where, finding)
+        return (
+            f"Gradients explode{where} since step {finding.first_step}: "
+            f"{finding.value:.3g} times the largest usual norm of this run ({finding.evidence.get('usual_norm'):.3g})."
+        )
+
+
+def straight(now: Signals, growth: float, rise: float, certainty: float) -> Mask:
+    """Layers whose log norm left the common course in a straight line over the whole window; negative `growth` is decay."""
+    trend, sign = now.trend, math.copysign(1.0, growth)
+    slope = sign * trend.slope
+    change = slope * WINDOW
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = (slope >= abs(growth)) & (change >= rise) & (slope >= certainty * trend.error)
+        if found.any():
+            found &= (sign * trend.early >= 0.3 * change) & (sign * trend.late >= 0.3 * change)
+    return found
+
+
+def drift_facts(now: Signals, slope: float) -> dict[str, Any]:
+    """What a drift at this slope means."""
+    return {
+        "sign": "drift",
+        "per_step": math.expm1(slope),
+        "over_steps": WINDOW,
+        "factor": math.exp(slope * WINDOW),
+        "doubling_steps": math.log(2) / slope if slope > 0 else None,
+        "halving_steps": -math.log(2) / slope if slope < 0 else None,
+        "norm": wording.exp(now.total),
+    }
+
+
+@dataclass(kw_only=True, eq=False)
+class Spike(Rule):
+    """A gradient far above anything the run had before, for a step or two.
+
+    Info from `ratio` times the baseline; a warning when it is also unprecedented: `alarm_ratio` times the baseline, above the
+    highest that the baseline has been, and three times larger than any earlier rise that was not itself such a spike.
+    So heavy-tailed data, whose outliers have precedents, stay quiet.
+
+    Args:
+        ratio: Factor over the baseline.
+        alarm_ratio: Factor for a warning.
+        spreads: And this many mean absolute deviations of the log norm.
+        warmup: Steps before the rule speaks.
+    """
+
+    ratio: float = threshold(20.0, above=1.0)
+    alarm_ratio: float = threshold(100.0, above=1.0)
+    spreads: float = threshold(8.0, above=0.0)
+    warmup: int = threshold(20, least=2)
+    calm: int = threshold(3, least=1)
+
+    rule: ClassVar[str] = "spike"
+    rules: ClassVar[tuple[str, ...]] = ("spike",)
+    precedent = Kept(0.0)
+    spikes = Kept[list[int]]([])
+
+    def look(self, now: Signals) -> Sign | None:
+        """A sign at a step that stands out."""
+        rise = now.total_rise
+        if not rise > 0 or now.total_seen < self.warmup:
+            return None
+        unusual = rise > math.log(self.ratio) and rise > self.spreads * now.total_spread
+        grave = (
+            unusual
+            and rise > max(math.log(self.alarm_ratio), self.precedent + math.log(3))
+            and now.above_peak > math.log(self.ratio)
+        )
+        if grave:
+            self.spikes = [*self.spikes[-9:], now.step]
+        else:
+            self.precedent = max(self.precedent, rise)
+        if not unusual:
+            return None
+        scores: FloatArray = np.nan_to_num(now.logs - now.level, nan=-math.inf)
+        return Sign(
+            severity="warning" if grave else "info",
+            badness=rise,
+            value=wording.exp(rise),
+            threshold=self.ratio,
+            layers=scores > math.log(self.ratio),
+            scores=scores,
+            facts=lambda: {
+                "norm": wording.exp(now.total),
+                "usual_norm": wording.exp(now.total_level),
+                "loss": now.loss if math.isfinite(now.loss) else None,
+                "steps": self.spikes,
+            },
+        )
+
+    def words(self, finding: Finding) -> str:
+        """One sentence for a person."""
+        norm = finding.evidence.get("norm", math.nan)
+        first = f", most in {finding.layers[0]!r}" if finding.layers else ""
+        return (
+            f"The gradient norm jumped to {norm:.3g} at step {finding.first_step}, "
+            f"{finding.value:.3g} times its usual size{first}."
+        )

@@ -1,0 +1,91 @@
+"""How fast the weights move: the learning rate's course and the sampled ratio of update to weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from gradwatch.detectors.base import RunContext
+from gradwatch.detectors.memory import FloatArray, Kept, Mask, PerLayer, PerParameter, Remembers
+from gradwatch.records import NOT_MEASURED, Floats
+
+#: A weight that was zero has no ratio; above this it is taken for one.
+ABSURD = 1e6
+#: Memory of the learning rate's mean: about 20 steps.
+MEMORY = 0.05
+
+
+class Pace(Remembers):
+    """The learning rate and the last two samples of the update ratio, matrices only (biases start at zero).
+
+    Attributes:
+        rate: Learning rate in force; NaN while unknown.
+        growth: Its growth, nats per step, over about the last 20 steps; 0 while it is constant or unknown.
+        ratio: ‖Δw‖/‖w‖ per layer at the last sample, shape (l,); NaN where unknown.
+        total, previous: The same over all layers, at the last sample and the one before; NaN while unknown.
+        weight_norm: Last sample per parameter, shape (p,).
+        samples: How many were taken.
+        fresh: Whether this step brought one.
+    """
+
+    rate = Kept(math.nan)
+    mean_rate = Kept(math.nan)
+    growth = Kept(0.0)
+    ratio = PerLayer(math.nan)
+    total = Kept(math.nan)
+    previous = Kept(math.nan)
+    weight_norm = PerParameter(math.nan)
+    samples = Kept(0)
+    fresh = Kept(False)
+
+    def begin(self, context: RunContext) -> None:
+        """Forget everything."""
+        super().begin(context)
+        self._matrices = _matrices(context)
+
+    def grow(self, context: RunContext) -> None:
+        """Go on with more parameters."""
+        super().grow(context)
+        self._matrices = _matrices(context)
+
+    def add(self, rate: float, samples: Mapping[str, Floats]) -> None:
+        """Take the learning rate and the statistics of a step."""
+        self.rate = rate
+        if rate > 0:
+            log = math.log(rate)
+            if math.isnan(self.mean_rate):
+                self.mean_rate = log
+            lag = log - self.mean_rate
+            self.growth = lag * MEMORY / (1 - MEMORY)
+            self.mean_rate += MEMORY * lag
+        self.fresh = False
+        weights, ratios = samples.get("weight_norm"), samples.get("update_ratio")
+        if weights is not None:
+            np.copyto(self.weight_norm, weights, where=weights != NOT_MEASURED)
+            if ratios is not None:
+                self._sample(np.asarray(weights, dtype=np.float64), np.asarray(ratios, dtype=np.float64))
+
+    def _sample(self, weights: FloatArray, ratios: FloatArray) -> None:
+        with np.errstate(invalid="ignore"):
+            known = self._matrices & (ratios != NOT_MEASURED) & (weights != NOT_MEASURED) & (ratios < ABSURD)
+            known &= np.isfinite(weights) & (weights < 1e150)
+        if not known.any():
+            return
+        squares = np.where(known, weights, 0.0) ** 2
+        moved = squares * np.where(known, ratios, 0.0) ** 2
+        places, layers = self.context.layers.of_parameter, len(self.context.layers)
+        weight = np.bincount(places, squares, layers)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.ratio = np.sqrt(np.bincount(places, moved, layers) / weight)
+        total = float(weight.sum())
+        self.previous, self.total = self.total, math.sqrt(moved.sum() / total) if total > 0 else math.nan
+        self.samples += 1
+        self.fresh = True
+
+
+def _matrices(context: RunContext) -> Mask:
+    """Parameters of two or more dimensions; all where no shape is known or there are none."""
+    found = np.array([len(p.shape) >= 2 for p in context.parameters], dtype=bool)
+    return found if found.any() else np.ones(len(found), dtype=bool)

@@ -1,0 +1,82 @@
+"""Gradients that flush to zero in half precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradwatch.detectors.base import RunContext
+from gradwatch.detectors.life import Sign
+from gradwatch.detectors.memory import Kept, PerLayer
+from gradwatch.detectors.rule import Rule, threshold
+from gradwatch.detectors.signals import Signals
+from gradwatch.records import NOT_MEASURED, Finding, Severity
+
+#: Data types whose small numbers are coarse: below 6e-8 a float16 is zero.
+HALF = ("float16", "half")
+
+
+@dataclass(kw_only=True, eq=False)
+class Underflow(Rule):
+    """A large share of a half-precision layer's gradient entries is exactly zero."""
+
+    share: float = threshold(0.3, above=0.0, most=1.0)
+    alarm_share: float = threshold(0.5, above=0.0, most=1.0)
+    samples: int = threshold(2, least=1)
+    calm: int = threshold(30, least=1)
+
+    rule: ClassVar[str] = "underflow"
+    rules: ClassVar[tuple[str, ...]] = ("underflow",)
+    count = PerLayer(0)
+    shares = PerLayer(0.0)
+    since = Kept(0)
+
+    def begin(self, context: RunContext) -> None:
+        """Forget everything."""
+        super().begin(context)
+        self._sizes(context)
+
+    def grow(self, context: RunContext) -> None:
+        """Go on with more parameters."""
+        super().grow(context)
+        self._sizes(context)
+
+    def _sizes(self, context: RunContext) -> None:
+        self._size = np.array([p.size if p.dtype in HALF else 0 for p in context.parameters], dtype=np.float64)
+
+    def look(self, now: Signals) -> Sign | None:
+        """A sign while too many entries are zero."""
+        values = now.samples.get("zero_fraction")
+        if values is not None and self._size.any():
+            self._sample(now, np.asarray(values, dtype=np.float64))
+        layers = self.count >= self.samples
+        if not layers.any():
+            return None
+        worst = float(self.shares[layers].max())
+        severity: Severity = "warning" if worst >= self.alarm_share else "info"
+        return Sign(
+            severity=severity, badness=worst * 10, value=worst, threshold=self.share, layers=layers,
+            scores=self.shares, since=self.since, facts=lambda: {"layers": int(layers.sum())},
+        )  # fmt: skip
+
+    def _sample(self, now: Signals, values: np.ndarray) -> None:  # type: ignore[type-arg]
+        places, n = self.context.layers.of_parameter, len(self.context.layers)
+        sizes = np.where(values == NOT_MEASURED, 0.0, self._size)
+        zeros = np.bincount(places, np.where(sizes > 0, values, 0.0) * sizes, n)
+        total = np.bincount(places, sizes, n)
+        self.shares = np.divide(zeros, total, out=np.zeros(n), where=total > 0)
+        low = self.shares > self.share
+        if low.any() and not self.count.any():
+            self.since = now.step
+        self.count = np.where(low, self.count + 1, 0)
+
+    def words(self, finding: Finding) -> str:
+        """One sentence for a person."""
+        names = ", ".join(repr(name) for name in finding.layers[:3])
+        more = f" and {len(finding.layers) - 3} more layers" if len(finding.layers) > 3 else ""
+        return (
+            f"{finding.value:.0%} of the gradient entries of {names}{more} are exactly zero in half precision "
+            f"since step {finding.first_step}: they are too small for the data type."
+        )

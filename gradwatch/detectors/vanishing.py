@@ -1,0 +1,130 @@
+"""Gradients that vanish: over depth, in time, and all at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradwatch.detectors import wording
+from gradwatch.detectors.growth import drift_facts, straight
+from gradwatch.detectors.life import Sign
+from gradwatch.detectors.memory import Kept, PerLayer
+from gradwatch.detectors.rule import Rule, threshold
+from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.trend import WINDOW
+from gradwatch.records import Finding, Severity
+
+
+@dataclass(kw_only=True, eq=False)
+class Vanishing(Rule):
+    """Layers near the input get almost no gradient; or the whole network stops getting one before it has learnt."""
+
+    ratio: float = threshold(1e-4, above=0.0, most=1.0)
+    extreme: float = threshold(1e-7, above=0.0, most=1.0)
+    patience: int = threshold(10, least=1)
+    collapse: float = threshold(0.01, above=0.0, most=1.0)
+    decay: float = threshold(0.02, above=0.0)
+    rise: float = threshold(1.1, above=0.0)
+    certainty: float = threshold(8.0, above=0.0)
+    learnt: float = threshold(0.1, above=0.0, most=1.0)
+
+    rule: ClassVar[str] = "vanishing"
+    rules: ClassVar[tuple[str, ...]] = ("vanishing",)
+    low_count = Kept(0)
+    low_since = Kept(0)
+    first_gap = Kept(0.0)
+    down_count = Kept(0)
+    drifting = PerLayer(False)
+
+    def look(self, now: Signals) -> Sign | None:
+        """A sign while gradients are vanishing."""
+        return self._depth(now) or self._collapse(now) or self._drift(now)
+
+    def _depth(self, now: Signals) -> Sign | None:
+        gap = now.profile.gap
+        worst = float(np.fmax.reduce(gap, initial=0.0))
+        if worst < -math.log(self.ratio) or now.course.fallen > self.learnt:
+            self.low_count = 0
+            return None
+        self.low_count += 1
+        if self.low_count == 1:
+            self.low_since, self.first_gap = now.step, worst
+        extreme = worst > -math.log(self.extreme)
+        if self.low_count < (3 if extreme else self.patience):
+            return None
+        if not self.life.open and worst < 0.8 * self.first_gap:
+            return None
+        with np.errstate(invalid="ignore"):
+            layers = gap > -math.log(self.ratio)
+        stuck = extreme and now.index >= 50 and now.course.fallen < 0.02 and now.course.known
+        severity: Severity = "critical" if stuck else "warning"
+        return Sign(
+            severity=severity,
+            badness=worst,
+            value=math.exp(-worst),
+            threshold=self.ratio,
+            layers=layers,
+            scores=np.nan_to_num(gap, nan=-math.inf),
+            since=self.low_since,
+            facts=lambda: {
+                "sign": "depth",
+                "slope": now.profile.slope,
+                "fit": now.profile.fit,
+                "norm": wording.exp(float(now.profile.height[int(np.nanargmax(gap))])),
+                "largest_norm": wording.exp(float(np.fmax.reduce(now.profile.height))),
+                "loss_fallen": now.course.fallen if now.course.known else None,
+            },
+        )
+
+    def _collapse(self, now: Signals) -> Sign | None:
+        course = now.course
+        down = now.peak - now.total_level
+        if not down > -math.log(self.collapse) or not course.known or course.fallen > 0.02:
+            self.down_count = 0
+            return None
+        self.down_count += 1
+        if self.down_count < self.patience:
+            return None
+        return Sign(
+            severity="warning",
+            badness=down,
+            value=math.exp(-down),
+            threshold=self.collapse,
+            since=now.step - self.down_count + 1,
+            facts=lambda: {"sign": "collapse", "norm": wording.exp(now.total_level), "usual_norm": wording.exp(now.peak),
+                           "loss_fallen": course.fallen},
+        )  # fmt: skip
+
+    def _drift(self, now: Signals) -> Sign | None:
+        trend = now.trend
+        if trend.fresh:
+            self.drifting = straight(now, -self.decay, self.rise, self.certainty)
+        if not self.drifting.any():
+            return None
+        slope = float(np.nanmin(np.where(self.drifting, trend.slope, math.inf)))
+        return Sign(
+            severity="warning",
+            badness=-slope * WINDOW,
+            value=math.expm1(slope),
+            threshold=math.expm1(-self.decay),
+            layers=self.drifting,
+            scores=-trend.slope * WINDOW,
+            since=max(0, now.step - WINDOW + 1),
+            facts=lambda: drift_facts(now, slope),
+        )
+
+    def words(self, finding: Finding) -> str:
+        """One sentence for a person."""
+        facts, place = finding.evidence, wording.where(finding)
+        since = f"since step {finding.first_step}"
+        if facts.get("sign") == "drift":
+            return wording.drift("shrink", place, finding)
+        if facts.get("sign") == "collapse":
+            return (
+                f"All gradients have fallen to {finding.value:.2g} of their usual norm {since} "
+                f"although the loss has hardly moved."
+            )
+        return f"Gradients vanish{place} {since}: {finding.value:.2g} of the norm of the layers after it."
