@@ -55,7 +55,11 @@ class Monitor:
         self._tell("steps", batch)
         if not self.policy.between:
             return None
-        return self.faults.call("actions", self.policy.decide, int(batch.step[-1]) + 1, findings, default=None)
+        following, losses = int(batch.step[-1]) + 1, batch.metric("loss")
+        due = self.faults.call("actions", self.policy.decide, following, findings, losses, default=None)
+        for record in self.policy.take_news():
+            self.record_action(record)
+        return due
 
     def report(self, finding: Finding) -> None:
         """Note a finding: in the record, then to the listeners."""
@@ -64,11 +68,15 @@ class Monitor:
         self._event("finding", finding.to_json(), sync=urgent)
         self._tell("finding", finding)
 
-    def acted(self, due: Due, step: int) -> ActionRecord:
-        """Note that an action was applied before `step`."""
-        record = self.policy.applied(due, step)
+    def acted(self, due: Due, step: int, *, detail: str = "") -> ActionRecord:
+        """Note that an action was applied before `step`; `detail` says more of what was done."""
+        record = self.policy.applied(due, step, detail=detail)
         self.record_action(record)
         return record
+
+    def could_not_act(self, due: Due, step: int, why: str) -> None:
+        """Note that an action that was due before `step` could not be applied."""
+        self.record_action(self.policy.failed(due, step, why))
 
     def record_action(self, record: ActionRecord) -> None:
         """Write an action, or its outcome, to the record and tell the listeners."""

@@ -21,7 +21,8 @@ class Settings:
     Args:
         run_dir: Directory of the record; None makes `runs/DATE-TIME-PID` in the working directory.
         detectors: "default", or a list of rule names, detectors, and functions of a step batch.
-        actions: Remedies; none by default: watching alone changes nothing.
+        actions: Remedies, as a list, a `Ladder`, or the name of a preset: `protect`, `repair`, `rebuild`; none by default:
+            watching alone changes nothing.
         alerts: Channels that tell people.
         sinks: Where numbers are mirrored live.
         stats_every: Steps between samples of the dearer statistics (weight norm, update ratio, ...).
@@ -36,7 +37,7 @@ class Settings:
 
     run_dir: str | os.PathLike[str] | None = None
     detectors: str | Sequence[str | Detector | Callable[[StepBatch], Iterable[Finding]]] = "default"
-    actions: Sequence[Action] = ()
+    actions: str | Sequence[Action] = ()
     alerts: Sequence[Listener] = ()
     sinks: Sequence[Listener] = ()
     stats_every: int = 10

@@ -1,8 +1,31 @@
 """Remedies: they decide, the backend applies."""
 
+from gradwatch.actions.adaptive import AutoClip, ZClip
+from gradwatch.actions.agc import AGC
 from gradwatch.actions.base import Action, BetweenStepsAction, InStepAction
 from gradwatch.actions.clip import Clip
 from gradwatch.actions.lr import DecayLR
+from gradwatch.actions.presets import Ladder, protect, repair
+from gradwatch.actions.renewal import Reinitialize, ResetOptimizerState, Restructure, Stop
+from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.skip import SkipStep
 
-__all__ = ["Action", "BetweenStepsAction", "Clip", "DecayLR", "InStepAction", "SkipStep"]
+__all__ = [
+    "AGC",
+    "Action",
+    "AutoClip",
+    "BetweenStepsAction",
+    "Clip",
+    "DecayLR",
+    "InStepAction",
+    "Ladder",
+    "Reinitialize",
+    "ResetOptimizerState",
+    "Restructure",
+    "Rollback",
+    "SkipStep",
+    "Stop",
+    "ZClip",
+    "protect",
+    "repair",
+]

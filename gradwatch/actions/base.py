@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from gradwatch.errors import ConfigurationError, UnknownNameError
-from gradwatch.records import RULES, Finding
+from gradwatch.records import RULES, SEVERITIES, Finding, Floats, Parameter
 
 #: Arrays of whatever library does the step: numpy, torch, jax or keras.ops tensors.
 Array = Any
 
 
 class Namespace(Protocol):
-    """The few array functions that an in-step action may use; numpy has them all under these names."""
+    """The few array functions that an in-step action may use; numpy, jax.numpy and keras.ops have them all."""
 
     def minimum(self, a: Array, b: Array) -> Array: ...
     def maximum(self, a: Array, b: Array) -> Array: ...
@@ -24,6 +24,11 @@ class Namespace(Protocol):
     def sqrt(self, a: Array) -> Array: ...
     def sum(self, a: Array) -> Array: ...
     def isfinite(self, a: Array) -> Array: ...
+    def sort(self, a: Array) -> Array: ...
+    def cumsum(self, a: Array) -> Array: ...
+    def ones_like(self, a: Array) -> Array: ...
+    def concatenate(self, arrays: Sequence[Array]) -> Array: ...
+    def reshape(self, a: Array, shape: tuple[int, ...]) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,17 @@ class Action(ABC):
 class InStepAction(Action):
     """Computed and applied inside the step, on the device, from norms that are measured anyway.
 
-    `decide` is a pure function of norms and state, written in the few functions of `Namespace`, so that the same formula
-    runs in numpy, in torch on a GPU and inside a compiled Keras step.
+    `decide` is a pure function of norms and state, written in the few functions of `Namespace`, so that the same
+    formula runs in numpy, in torch on a GPU and inside a compiled Keras step.
     """
 
     #: The backend clips each gradient element to [-clip_value, clip_value] when this is set.
     clip_value: float | None = None
+    #: The backend calls `unit_scale` for every parameter that the action does not spare when this is true.
+    by_unit: ClassVar[bool] = False
 
-    def initial_state(self) -> tuple[float, ...]:
-        """The state before the first step."""
+    def initial_state(self) -> tuple[float | Floats, ...]:
+        """The state before the first step: numbers, or arrays of fixed shape."""
         return ()
 
     @abstractmethod
@@ -80,6 +87,14 @@ class InStepAction(Action):
             state: What the last decision returned.
             xp: The array functions.
         """
+
+    def unit_scale(self, grad_norm: Array, weight_norm: Array, xp: Namespace) -> Array:
+        """Factor for each unit of one parameter, from the norms of the unit's gradient and weights (same shapes)."""
+        raise NotImplementedError
+
+    def spares(self, parameter: Parameter, *, is_last: bool) -> bool:
+        """Whether `unit_scale` is not for this parameter; `is_last` is true in the layer nearest to the output."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,9 @@ class Due:
         finding: The finding that called for it; None when none did (a recovery).
         before: The number that changes, before; NaN where there is none.
         after: The same, after.
+        lr_factor: gradwatch's factor on the learning rate from now on; None leaves it.
+        until_step: For a rollback: the last step that may be in the snapshot.
+        backs: For a rollback: how many snapshots before that to go back.
     """
 
     action: BetweenStepsAction
@@ -101,21 +119,29 @@ class Due:
     finding: Finding | None = None
     before: float = math.nan
     after: float = math.nan
+    lr_factor: float | None = None
+    until_step: int | None = None
+    backs: int = 0
 
 
 class BetweenStepsAction(Action):
-    """Decided from findings, applied between two steps.
+    """Decided from findings, applied between two steps, and then watched: did it help?
 
     Args:
         on: Rules whose findings call for it; a single name or several.
         cooldown: Steps that must pass before it is applied again.
         max_times: How often it is applied at most in a run; None for no limit.
         min_severity: Findings below this severity do not call for it.
+        within: Steps within which the finding must be gone; else the remedy did not help.
+        tries: How often in a row it may fail to help against one rule before it is not tried again for it.
+        confirm: Steps that a finding must have stood before it calls for this.
     """
 
     default_on: ClassVar[tuple[str, ...]] = ()
     #: Order at one boundary: the lowest wins, and only one between-step action is applied at a boundary.
     priority: ClassVar[int] = 50
+    #: Whether what the detectors learnt about the run no longer holds after it.
+    renews: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -124,18 +150,22 @@ class BetweenStepsAction(Action):
         cooldown: int = 50,
         max_times: int | None = None,
         min_severity: str = "warning",
+        within: int = 60,
+        tries: int = 1,
+        confirm: int = 0,
     ) -> None:
         self.on = self.default_on if on is None else (on,) if isinstance(on, str) else tuple(on)
         for rule in self.on:
             if rule not in RULES:
                 raise UnknownNameError.among("rule", rule, RULES)
-        if cooldown < 0:
-            raise ConfigurationError.of("cooldown", ">= 0", cooldown)
-        if max_times is not None and max_times < 1:
-            raise ConfigurationError.of("max_times", ">= 1", max_times)
-        if min_severity not in ("info", "warning", "critical"):
-            raise UnknownNameError.among("severity", min_severity, ("info", "warning", "critical"))
-        self.cooldown, self.max_times, self.min_severity = cooldown, max_times, min_severity
+        if min_severity not in SEVERITIES:
+            raise UnknownNameError.among("severity", min_severity, SEVERITIES)
+        self.cooldown = require_count("cooldown", cooldown, least=0)
+        self.max_times = None if max_times is None else require_count("max_times", max_times)
+        self.min_severity = min_severity
+        self.within = require_count("within", within)
+        self.tries = require_count("tries", tries)
+        self.confirm = require_count("confirm", confirm, least=0)
 
     @abstractmethod
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
@@ -147,22 +177,55 @@ class BetweenStepsAction(Action):
 
     def config(self) -> dict[str, Any]:
         """See `Action.config`."""
-        return {"on": list(self.on), "cooldown": self.cooldown, "max_times": self.max_times}
+        return {
+            "on": list(self.on),
+            "cooldown": self.cooldown,
+            "max_times": self.max_times,
+            "min_severity": self.min_severity,
+            "within": self.within,
+            "tries": self.tries,
+            "confirm": self.confirm,
+        }
 
 
 @dataclass
 class RunState:
-    """What actions may know of the run: numbers that earlier actions changed.
+    """What actions may know of the run.
 
     Args:
         lr_factor: gradwatch's own factor on the learning rate.
         last_applied: Action name to the step at which it was last applied.
         times: Action name to how often it was applied.
+        well_since: The first step of the present stretch without an open finding; None while one is open.
+        first_loss: Median of the first finite losses; NaN while none is known.
+        loss: Median of the last losses; NaN while none is known, infinite when they are not finite.
+        best_loss: The lowest that `loss` has been.
+        learns: Whether the loss has fallen, lately or well below where it began; False while none is known.
+        recovery: Step and factor at which the learning rate began its way back; None when it is not on it.
+        failures: "action:rule" to how often in a row the action did not help against the rule.
     """
 
     lr_factor: float = 1.0
     last_applied: dict[str, int] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
+    well_since: int | None = 0
+    first_loss: float = math.nan
+    loss: float = math.nan
+    best_loss: float = math.inf
+    learns: bool = False
+    recovery: tuple[int, float] | None = None
+    failures: dict[str, int] = field(default_factory=dict)
+
+    def failed(self, action: str, rule: str) -> int:
+        """How often in a row the action did not help against the rule."""
+        return self.failures.get(f"{action}:{rule}", 0)
+
+
+def require_count(name: str, value: int, *, least: int = 1) -> int:
+    """`value`, if it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigurationError.of(name, f"an integer >= {least}", value)
+    return value
 
 
 def require_positive(name: str, value: float) -> float:

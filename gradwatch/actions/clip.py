@@ -18,7 +18,8 @@ class Clip(InStepAction):
 
     Args:
         max_norm: Scale all gradients by min(1, max_norm / (global norm + 1e-6)), as `torch.nn.utils.clip_grad_norm_`
-            does (Pascanu, Mikolov and Bengio 2013, On the difficulty of training recurrent neural networks, section 3.2).
+            does (Pascanu, Mikolov and Bengio 2013, On the difficulty of training recurrent neural networks, section
+            3.2).
         per_layer: Scale the gradient of each parameter by min(1, per_layer / (its norm + 1e-6)).
         value: Limit each element to [-value, value]; changes the direction.
 

@@ -1,84 +1,225 @@
-"""Which between-step action is due: one a boundary, in order of priority, within cooldowns and limits."""
+"""Which between-step action is due: one a boundary, the mildest that may help, and no remedy twice that did not.
+
+The rules, in order:
+
+1. In the step, skips come before clips; clips act in the order of the list.
+2. Between steps, one action is applied at a boundary, and while it is on trial no other is.
+3. The gravest open finding comes first, and for it the first action that answers to it: in a plain list by how much
+   they mend (`Rollback` before `DecayLR` before `ResetOptimizerState`, `Reinitialize`, `Restructure` and `Stop`), in a
+   `Ladder` in its own order, the mildest first.
+4. A trial ends when the finding has gone (`helped`), when its time is over (`no effect`), or early when things got
+   worse. An action that failed `tries` times in a row against a rule is not tried against it again.
+5. When nothing is left to try, or `GIVE_UP_AFTER` remedies in a row failed, the policy says so in the record and hands
+   the run back; a `Stop` in the list ends the training then.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction, RunState
+from gradwatch.actions.course import Course
+from gradwatch.actions.presets import Ladder, chosen
+from gradwatch.actions.renewal import Stop
+from gradwatch.actions.trial import HELPED, Trial
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import SEVERITIES, ActionRecord, Finding
+
+logger = logging.getLogger("gradwatch")
+#: Remedies in a row without help after which the policy gives up.
+GIVE_UP_AFTER = 8
+#: What the record calls it.
+GIVE_UP = "GiveUp"
 
 
 class Policy:
     """Holds the actions of a run and decides which are due.
 
     Args:
-        actions: The user's list. In-step actions run in the order given, skips first.
+        actions: A preset's name (`protect`, `repair`, `rebuild`), a list, or a `Ladder`.
         dry_run: Record what would be done, do nothing.
+
+    Raises:
+        ConfigurationError: Something that is no action, or two that exclude each other.
     """
 
-    def __init__(self, actions: Sequence[Action], *, dry_run: bool = False) -> None:
-        for action in actions:
+    def __init__(self, actions: str | Sequence[Action], *, dry_run: bool = False) -> None:
+        listed = chosen(actions)
+        for action in listed:
             if not isinstance(action, Action):
                 raise ConfigurationError.of("actions", "a list of gradwatch actions", action)
-        in_step = [a for a in actions if isinstance(a, InStepAction)]
+        in_step = [a for a in listed if isinstance(a, InStepAction)]
         self.in_step = sorted(in_step, key=lambda action: action.name != "SkipStep")
-        self.between = sorted(
-            (a for a in actions if isinstance(a, BetweenStepsAction)), key=lambda action: action.priority
-        )
+        self.between = [a for a in listed if isinstance(a, BetweenStepsAction)]
+        if not isinstance(listed, Ladder):
+            self.between.sort(key=lambda action: action.priority)
+        self._keys = dict(zip(map(id, self.between), _keys(self.between), strict=True))
         self.dry_run = dry_run
         self.state = RunState()
+        self._course = Course()
         self._open: dict[str, Finding] = {}
+        self._trial: Trial | None = None
+        self._failed_in_row = 0
+        self._given_up: list[str] = []
+        self._news: list[ActionRecord] = []
         self._count = 0
 
-    def decide(self, step: int, findings: Iterable[Finding]) -> Due | None:
-        """The action due before `step`, after these findings opened, changed or resolved."""
+    def decide(self, step: int, findings: Iterable[Finding], losses: Iterable[float] = ()) -> Due | None:
+        """The action due before `step`.
+
+        Args:
+            step: The next step.
+            findings: Those that opened, changed or resolved since the last call.
+            losses: Of the steps since the last call.
+        """
+        self._follow(step, findings)
+        self._course.take(losses, self.state)
+        self._judge(step)
+        if self._trial is not None:
+            return None
+        for finding in self._gravest_first():
+            if due := self._remedy(finding, step):
+                return due
+        return next((due for action in self.between if (due := action.recover(step, self.state))), None)
+
+    def applied(self, due: Due, step: int, *, detail: str = "") -> ActionRecord:
+        """Note that `due` was applied, and that `step` is the first to feel it; `detail` says more of what was done."""
+        record = self._recorded(due, step, detail=detail)
+        if due.lr_factor is not None and not self.dry_run:
+            self.state.lr_factor = due.lr_factor
+        if due.finding is not None:
+            self.state.recovery = None
+            if not self.dry_run:
+                self._trial = Trial(
+                    key=self._keys[id(due.action)],
+                    record=record,
+                    deadline=step + due.action.within,
+                    severity=due.finding.severity,
+                    loss=self.state.loss,
+                    renews=due.action.renews,
+                )
+        if due.action.renews and not self.dry_run:
+            self._open.clear()
+            self._course.renew()
+        return record
+
+    def failed(self, due: Due, step: int, why: str) -> ActionRecord:
+        """Note that `due` could not be applied: it counts as a remedy that did not help."""
+        record = dataclasses.replace(self._recorded(due, step), outcome=f"failed: {why}")
+        if due.finding is not None:
+            self._note_failure(self._keys[id(due.action)], due.finding.rule)
+        return record
+
+    def take_news(self) -> list[ActionRecord]:
+        """Outcomes and other records that came up since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def _follow(self, step: int, findings: Iterable[Finding]) -> None:
         for finding in findings:
             if finding.is_open:
                 self._open[finding.id] = finding
-            else:
-                self._open.pop(finding.id, None)
-        for action in self.between:
-            if not self._allowed(action, step):
-                continue
-            for finding in self._open.values():
-                if self._calls_for(finding, action) and (due := action.respond(finding, step, self.state)):
-                    return due
-        for action in self.between:
-            if due := action.recover(step, self.state):
+            elif self._open.pop(finding.id, None) and finding.rule in self._given_up:
+                self._given_up.remove(finding.rule)
+        if self._open:
+            self.state.well_since = None
+            self.state.recovery = None
+        elif self.state.well_since is None:
+            self.state.well_since = step
+
+    def _judge(self, step: int) -> None:
+        """Close the trial when its verdict is known."""
+        trial = self._trial
+        if trial is None or not (outcome := trial.verdict(step, self._open.values(), self.state)):
+            return
+        self._trial = None
+        self._news.append(dataclasses.replace(trial.record, outcome=outcome))
+        if outcome == HELPED:
+            self._failed_in_row = 0
+            self.state.failures.pop(f"{trial.key}:{trial.record.reason}", None)
+        else:
+            self._note_failure(trial.key, trial.record.reason)
+
+    def _note_failure(self, key: str, rule: str) -> None:
+        self._failed_in_row += 1
+        self.state.failures[f"{key}:{rule}"] = self.state.failed(key, rule) + 1
+
+    def _gravest_first(self) -> list[Finding]:
+        return sorted(self._open.values(), key=lambda f: (-SEVERITIES.index(f.severity), f.first_step, f.id))
+
+    def _remedy(self, finding: Finding, step: int) -> Due | None:
+        if finding.rule in self._given_up:
+            return None
+        if self._failed_in_row >= GIVE_UP_AFTER:
+            return self._give_up(finding, step, f"{GIVE_UP_AFTER} remedies in a row did not help")
+        may_help = False
+        for action in self._answering(finding):
+            may_help = may_help or not isinstance(action, Stop)
+            if self._is_time(action, finding, step) and (due := action.respond(finding, step, self.state)):
                 return due
+        if not may_help and any(key.endswith(f":{finding.rule}") for key in self.state.failures):
+            return self._give_up(finding, step, "no remedy is left")
         return None
 
-    def applied(self, due: Due, step: int) -> ActionRecord:
-        """Note that `due` was applied before `step`."""
-        name = due.action.name
-        self.state.last_applied[name] = step
-        self.state.times[name] = self.state.times.get(name, 0) + 1
+    def _answering(self, finding: Finding) -> Iterator[BetweenStepsAction]:
+        """The actions that may still be applied to a finding, now or later, in order."""
+        for action in self.between:
+            key = self._keys[id(action)]
+            within_limit = action.max_times is None or self.state.times.get(key, 0) < action.max_times
+            severe = SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
+            fresh = self.state.failed(key, finding.rule) < action.tries
+            if finding.rule in action.on and within_limit and severe and fresh:
+                yield action
+
+    def _is_time(self, action: BetweenStepsAction, finding: Finding, step: int) -> bool:
+        last = self.state.last_applied.get(self._keys[id(action)])
+        return (last is None or step - last >= action.cooldown) and step - finding.first_step >= action.confirm
+
+    def _give_up(self, finding: Finding, step: int, why: str) -> Due | None:
+        """Say that nothing more will be done about a rule; stop if a `Stop` is there for it."""
+        self._given_up.append(finding.rule)
+        tried = ", ".join(key.partition(":")[0] for key in self.state.failures if key.endswith(f":{finding.rule}"))
+        detail = f"gave up on {finding.rule}: {why} (tried: {tried or 'none'})"
+        stop = next((a for a in self.between if isinstance(a, Stop) and finding.rule in a.on), None)
+        if stop is not None:
+            return Due(stop, f"{detail}; training stopped", layers=finding.layers, finding=finding)
+        logger.warning("gradwatch: %s; the run is handed back: %s", detail, finding.message)
+        self._count += 1
+        self._news.append(
+            ActionRecord(
+                id=f"{GIVE_UP}-{step}-{self._count}",
+                step=step,
+                action=GIVE_UP,
+                layers=finding.layers,
+                detail=detail,
+                reason=finding.rule,
+                finding=finding.id,
+                dry_run=self.dry_run,
+            )
+        )
+        return None
+
+    def _recorded(self, due: Due, step: int, *, detail: str = "") -> ActionRecord:
+        key = self._keys[id(due.action)]
+        if due.finding is not None:
+            self.state.last_applied[key] = step
+            self.state.times[key] = self.state.times.get(key, 0) + 1
         self._count += 1
         return ActionRecord(
-            id=f"{name}-{step}-{self._count}",
+            id=f"{key}-{step}-{self._count}",
             step=step,
-            action=name,
+            action=due.action.name,
             layers=due.layers,
-            detail=due.detail,
+            detail=f"{due.detail}: {detail}" if detail else due.detail,
             reason=due.finding.rule if due.finding else "",
             finding=due.finding.id if due.finding else "",
             before=due.before,
             after=due.after,
             dry_run=self.dry_run,
         )
-
-    def _allowed(self, action: BetweenStepsAction, step: int) -> bool:
-        times, last = self.state.times.get(action.name, 0), self.state.last_applied.get(action.name)
-        within_limit = action.max_times is None or times < action.max_times
-        return within_limit and (last is None or step - last >= action.cooldown)
-
-    def _calls_for(self, finding: Finding, action: BetweenStepsAction) -> bool:
-        last = self.state.last_applied.get(action.name)
-        severe = SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
-        return severe and finding.rule in action.on and (last is None or finding.last_step >= last)
 
     def config(self) -> list[dict[str, Any]]:
         """The actions as JSON."""
@@ -87,13 +228,31 @@ class Policy:
     def state_dict(self) -> dict[str, Any]:
         """State as JSON types."""
         return {
-            **dataclasses.asdict(self.state),
+            "run": dataclasses.asdict(self.state),
+            "course": self._course.state_dict(),
             "open": [finding.to_json() for finding in self._open.values()],
+            "trial": self._trial.to_json() if self._trial else None,
+            "failed_in_row": self._failed_in_row,
+            "given_up": list(self._given_up),
             "count": self._count,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.state = RunState(state["lr_factor"], dict(state["last_applied"]), dict(state["times"]))
+        run = dict(state["run"])
+        run["recovery"] = tuple(run["recovery"]) if run["recovery"] else None
+        self.state = RunState(**run)
+        self._course.load_state_dict(state["course"])
         self._open = {data["id"]: Finding.from_json(data) for data in state["open"]}
+        self._trial = Trial.from_json(state["trial"]) if state["trial"] else None
+        self._failed_in_row, self._given_up = state["failed_in_row"], list(state["given_up"])
         self._count = state["count"]
+
+
+def _keys(actions: Sequence[BetweenStepsAction]) -> list[str]:
+    """The actions' names, numbered where a name comes again."""
+    keys: list[str] = []
+    for action in actions:
+        again = sum(key.partition("#")[0] == action.name for key in keys)
+        keys.append(f"{action.name}#{again + 1}" if again else action.name)
+    return keys

@@ -1,0 +1,71 @@
+"""What the policy knows of the loss: where it began, where it is, whether it falls."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gradwatch.actions.base import RunState
+from gradwatch.records import NOT_MEASURED
+
+#: Losses that a median is taken over.
+SHORT = 9
+#: Losses over which a fall is looked for.
+WINDOW = 60
+#: A fall of the median by this share within the window counts as learning...
+FALL = 0.05
+#: ... and so does a loss that is below this share of the first one.
+WELL_BELOW = 0.8
+
+
+class Course:
+    """Follows the loss and keeps `first_loss`, `loss`, `best_loss` and `learns` of the run's state up to date."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._first: list[float] = []
+
+    def take(self, losses: Iterable[float], state: RunState) -> None:
+        """Take the losses of further steps; those not measured are passed over."""
+        known = [float(loss) for loss in losses if loss != NOT_MEASURED]
+        if not known:
+            return
+        self._recent.extend(known)
+        if len(self._first) < SHORT:
+            self._first += [loss for loss in known if math.isfinite(loss)][: SHORT - len(self._first)]
+            state.first_loss = statistics.median(self._first) if self._first else math.nan
+        state.loss = _median(list(self._recent)[-SHORT:])
+        state.best_loss = min(state.best_loss, state.loss)
+        state.learns = self._learns(state)
+
+    def renew(self) -> None:
+        """Forget the recent past: the weights are others now."""
+        self._recent.clear()
+
+    def _learns(self, state: RunState) -> bool:
+        if not math.isfinite(state.loss):
+            return False
+        if state.loss < state.first_loss - (1.0 - WELL_BELOW) * abs(state.first_loss):
+            return True
+        recent = list(self._recent)
+        if len(recent) < 3 * SHORT:
+            return False
+        past = recent[:-SHORT]
+        before = _median(past[:SHORT])
+        return before - state.loss > FALL * abs(before) and state.loss < state.first_loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as JSON types."""
+        return {"recent": list(self._recent), "first": self._first}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._recent, self._first = deque(state["recent"], maxlen=WINDOW), list(state["first"])
+
+
+def _median(losses: list[float]) -> float:
+    """Median in which a loss that is not a number is infinite."""
+    return statistics.median(math.inf if math.isnan(loss) else loss for loss in losses)

@@ -1,0 +1,74 @@
+"""Ready-made sets of remedies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from gradwatch.actions.adaptive import ZClip
+from gradwatch.actions.base import Action
+from gradwatch.actions.lr import DecayLR
+from gradwatch.actions.renewal import Reinitialize, Restructure, Stop
+from gradwatch.actions.rollback import Rollback
+from gradwatch.actions.skip import SkipStep
+from gradwatch.errors import UnknownNameError
+
+
+class Ladder(list[Action]):
+    """Actions in the order of escalation: the next is tried only when the one before did not help.
+
+    A plain list is ordered by how much its actions mend instead.
+
+    Examples:
+        >>> len(Ladder([SkipStep(), DecayLR(), Rollback(), Stop()]))
+        4
+    """
+
+
+def protect() -> Ladder:
+    """What no healthy run feels: skip what is not finite, clip what stands out.
+
+    Examples:
+        >>> [action.name for action in protect()]
+        ['SkipStep', 'ZClip']
+    """
+    return Ladder([SkipStep(), ZClip()])
+
+
+def repair(*, restructure: bool = False) -> Ladder:
+    """`protect`; then, one after the other: lower the rate, roll back, initialise again, (rebuild,) stop.
+
+    Args:
+        restructure: Whether the architecture may be changed before giving up.
+
+    Examples:
+        >>> [action.name for action in repair()][2:]
+        ['DecayLR', 'Rollback', 'Reinitialize', 'Stop']
+    """
+    remedies: list[Action] = [
+        DecayLR(factor=0.3, cooldown=10, within=40, tries=3, recover=500, hold=200),
+        Rollback(factor=0.3, every=50),
+        Reinitialize(),
+    ]
+    if restructure:
+        remedies.append(Restructure())
+    return Ladder([*protect(), *remedies, Stop(confirm=200)])
+
+
+PRESETS: dict[str, Callable[[], Ladder]] = {
+    "protect": protect,
+    "repair": repair,
+    "rebuild": lambda: repair(restructure=True),
+}
+
+
+def chosen(actions: str | Sequence[Action]) -> Sequence[Action]:
+    """The actions, or those of the preset of that name.
+
+    Raises:
+        UnknownNameError: No such preset.
+    """
+    if not isinstance(actions, str):
+        return actions
+    if actions not in PRESETS:
+        raise UnknownNameError.among("preset of actions", actions, PRESETS)
+    return PRESETS[actions]()

@@ -1,0 +1,195 @@
+"""Remedies for weights: initialise again, forget the momentum, change the architecture; and the last one, to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from gradwatch.actions.base import BetweenStepsAction, Due, RunState
+from gradwatch.errors import UnknownNameError
+from gradwatch.records import Finding
+
+#: How `Reinitialize` may fill weights; `gradwatch.remedies.initialize` knows the same.
+SCHEMES = ("auto", "data", "kaiming", "xavier", "orthogonal", "lsuv", "default")
+CHANGES = ("output", "activation", "norm")
+
+
+class _WhenNothingIsLearnt(BetweenStepsAction):
+    """Base of remedies that cost what was learnt: not while the loss falls, nor on a mere warning of unknown loss."""
+
+    def __init__(
+        self,
+        *,
+        on: str | Sequence[str] | None = None,
+        cooldown: int = 50,
+        max_times: int | None = 2,
+        min_severity: str = "warning",
+        within: int = 100,
+        tries: int = 1,
+        confirm: int = 30,
+    ) -> None:
+        super().__init__(
+            on=on,
+            cooldown=cooldown,
+            max_times=max_times,
+            min_severity=min_severity,
+            within=within,
+            tries=tries,
+            confirm=confirm,
+        )
+
+    def is_called_for(self, finding: Finding, state: RunState) -> bool:
+        """Whether nothing would be lost."""
+        if math.isnan(state.loss):
+            return finding.severity == "critical"
+        return not state.learns
+
+
+class Reinitialize(_WhenNothingIsLearnt):
+    """Give the layers at fault new weights, and clear their optimizer state.
+
+    The scheme follows from the layer and the activation behind it: Kaiming for the ReLU family, Xavier for tanh and
+    sigmoid, orthogonal for recurrent weights, zero biases. `auto` then lets the next batch through and scales and
+    shifts each layer until its outputs have mean 0 and variance 1 on it (Mishkin and Matas 2016, LSUV; Salimans and
+    Kingma 2016, Weight Normalization, section 3), which works whatever the activation is.
+
+    A network is as sick as the path of its signal, so where gradients vanish or explode across depth, all hidden layers
+    are at fault.
+
+    Args:
+        scheme: `auto`; `data` (only with a batch); `kaiming`, `xavier`, `orthogonal`, `lsuv`; or `default`, the
+            module's own `reset_parameters`.
+        on: Rules that call for it.
+        cooldown: Steps between two.
+        max_times: In a run at most.
+        min_severity: Findings below this severity do not call for it.
+        within: Steps within which the finding must stay away, else it did not help.
+        tries: Without help before it is given up.
+        confirm: Steps that the finding must have stood.
+
+    Examples:
+        >>> Reinitialize(scheme="kaiming", on="vanishing").on
+        ('vanishing',)
+    """
+
+    default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
+    priority: ClassVar[int] = 40
+    renews: ClassVar[bool] = True
+
+    def __init__(self, *, scheme: str = "auto", **common: Any) -> None:
+        super().__init__(**common)
+        if scheme not in SCHEMES:
+            raise UnknownNameError.among("scheme", scheme, SCHEMES)
+        self.scheme = scheme
+
+    def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
+        """See `BetweenStepsAction.respond`."""
+        if not self.is_called_for(finding, state):
+            return None
+        # A dead or saturated layer is its own fault; a signal that shrinks or grows is everyone's on its way.
+        layers = finding.layers if finding.rule in ("dead", "dying_relu", "saturation") else ()
+        where = f"layers {', '.join(layers[:3])}" if layers else "all layers"
+        detail = f"{where} initialised again ({self.scheme}) because of {finding.rule}"
+        return Due(self, detail, layers=layers, finding=finding)
+
+    def config(self) -> dict[str, Any]:
+        """See `Action.config`."""
+        return {"scheme": self.scheme, **super().config()}
+
+
+class ResetOptimizerState(BetweenStepsAction):
+    """Forget momentum and second moments of all parameters, or of the layers that the finding names.
+
+    Args:
+        whole: Reset all parameters; False only those of the finding's layers.
+        common: `on`, `cooldown`, `max_times`, `min_severity`, `within`, `tries`, `confirm`, as of every remedy.
+
+    Examples:
+        >>> ResetOptimizerState(on="spike", max_times=3).max_times
+        3
+    """
+
+    default_on: ClassVar[tuple[str, ...]] = ("exploding", "divergence", "oscillation")
+    priority: ClassVar[int] = 30
+
+    def __init__(self, *, whole: bool = True, **common: Any) -> None:
+        super().__init__(**common)
+        self.whole = whole
+
+    def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
+        """See `BetweenStepsAction.respond`."""
+        layers = () if self.whole else finding.layers
+        where = f"layers {', '.join(layers[:3])}" if layers else "all layers"
+        return Due(
+            self, f"optimizer state of {where} cleared because of {finding.rule}", layers=layers, finding=finding
+        )
+
+    def config(self) -> dict[str, Any]:
+        """See `Action.config`."""
+        return {"whole": self.whole, **super().config()}
+
+
+class Restructure(_WhenNothingIsLearnt):
+    """Change the architecture in place: the last remedy before giving up, and never without being asked for.
+
+    Each application makes the first of the `changes` that changes anything, keeps all weights that have a place in the
+    new network, initialises the touched layers anew, and lets new parameters join the optimizer. `output`: a softmax
+    over a single unit, whose gradient is zero by construction, becomes a sigmoid, and a ReLU behind the last layer a
+    softplus. `activation`: hidden activations that saturate or grow exponentially become `replacement`. `norm`: a
+    normalisation goes in front of each hidden activation.
+
+    Args:
+        changes: Which, in order.
+        replacement: Name of a class of `torch.nn` for `activation`.
+        common: `on`, `cooldown`, `max_times`, `min_severity`, `within`, `tries`, `confirm`, as of every remedy.
+
+    Examples:
+        >>> Restructure(changes=("norm",)).changes
+        ('norm',)
+    """
+
+    default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
+    priority: ClassVar[int] = 60
+    renews: ClassVar[bool] = True
+
+    def __init__(
+        self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", tries: int = 3, **common: Any
+    ) -> None:
+        super().__init__(tries=tries, **{"max_times": 3, **common})
+        for change in changes:
+            if change not in CHANGES:
+                raise UnknownNameError.among("change", change, CHANGES)
+        self.changes, self.replacement = tuple(changes), replacement
+
+    def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
+        """See `BetweenStepsAction.respond`."""
+        if not self.is_called_for(finding, state):
+            return None
+        return Due(self, f"architecture changed because of {finding.rule}", finding=finding)
+
+    def config(self) -> dict[str, Any]:
+        """See `Action.config`."""
+        return {"changes": list(self.changes), "replacement": self.replacement, **super().config()}
+
+
+class Stop(BetweenStepsAction):
+    """Leave the training loop: raises `gradwatch.StopTraining` at the step boundary, or stops in the framework's way.
+
+    Args:
+        common: `on`, `cooldown`, `min_severity`, `confirm`, as of every remedy.
+
+    Examples:
+        >>> Stop(on="divergence").min_severity
+        'critical'
+    """
+
+    default_on: ClassVar[tuple[str, ...]] = ("nonfinite", "divergence", "exploding", "dead")
+    priority: ClassVar[int] = 90
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**{"min_severity": "critical", "max_times": 1, **common})
+
+    def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
+        """See `BetweenStepsAction.respond`."""
+        return Due(self, f"training stopped: {finding.message or finding.rule}", finding=finding)

@@ -1,0 +1,96 @@
+"""Back to the last good weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_count, require_positive
+from gradwatch.errors import ConfigurationError, UnknownNameError
+from gradwatch.records import Finding
+
+PLACES = ("memory", "disk")
+
+
+class Rollback(BetweenStepsAction):
+    """Restore the last good snapshot of parameters, buffers and optimizer state, lower the learning rate, and go on.
+
+    Snapshots are taken every `every` steps while no finding that calls for this action is open; the one restored is the
+    newest that is older than the finding. The data goes on where it was, so the batches that led astray are not seen
+    again (as in Chowdhery et al. 2022, PaLM, section 5.1); the scheduler is not rewound.
+
+    Args:
+        every: Steps between snapshots.
+        keep: Snapshots kept.
+        where: `memory` (host memory) or `disk` (in the run directory, deleted at the end).
+        factor: Multiply the learning-rate factor by this each time; 1 leaves the rate.
+        min_factor: The factor never falls below this.
+        on: Rules that call for it.
+        cooldown: Steps between two rollbacks.
+        max_times: Rollbacks in a run at most.
+        min_severity: Findings below this severity do not call for it.
+        within: Steps within which the finding must stay away, else it did not help.
+        tries: Rollbacks in a row without help before it is given up; each goes one snapshot further back.
+
+    Examples:
+        >>> Rollback(every=200, where="disk").where
+        'disk'
+    """
+
+    default_on: ClassVar[tuple[str, ...]] = ("nonfinite", "divergence", "exploding")
+    priority: ClassVar[int] = 10
+    renews: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        every: int = 100,
+        keep: int = 3,
+        where: str = "memory",
+        factor: float = 0.5,
+        min_factor: float = 1e-3,
+        on: str | Sequence[str] | None = None,
+        cooldown: int = 20,
+        max_times: int | None = 10,
+        min_severity: str = "critical",
+        within: int = 60,
+        tries: int = 3,
+    ) -> None:
+        super().__init__(
+            on=on, cooldown=cooldown, max_times=max_times, min_severity=min_severity, within=within, tries=tries
+        )
+        if where not in PLACES:
+            raise UnknownNameError.among("where", where, PLACES)
+        if require_positive("factor", factor) > 1.0:
+            raise ConfigurationError.of("factor", "<= 1", factor)
+        if require_positive("min_factor", min_factor) > 1.0:
+            raise ConfigurationError.of("min_factor", "<= 1", min_factor)
+        self.every, self.keep = require_count("every", every), require_count("keep", keep)
+        self.where, self.factor, self.min_factor = where, factor, min_factor
+
+    def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
+        """See `BetweenStepsAction.respond`."""
+        after = min(state.lr_factor, max(state.lr_factor * self.factor, self.min_factor))
+        return Due(
+            self,
+            f"back to the last good snapshot because of {finding.rule}, learning rate scaled by {after:.4g}",
+            finding=finding,
+            before=state.lr_factor,
+            after=after,
+            lr_factor=after,
+            until_step=finding.first_step,
+            backs=state.failed(self.name, finding.rule),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """See `Action.config`."""
+        common = super().config()
+        del common["confirm"]
+        return {
+            **common,
+            "every": self.every,
+            "keep": self.keep,
+            "where": self.where,
+            "factor": self.factor,
+            "min_factor": self.min_factor,
+        }
