@@ -70,6 +70,7 @@ class Case:
         fingerprint: Everything that the recorded numbers depend on besides the seed.
         rules: The rules of which at least one should fire; empty where only the class is known.
         causes: The causes (ids of `gradwatch.diagnosis`) of which one should be named; empty where none is known.
+        sudden: Nothing in the steps before the failure foretells it (a single bad batch).
         cost: Seconds that one run takes, roughly; cheap ones are recorded first.
     """
 
@@ -82,6 +83,7 @@ class Case:
     fingerprint: str
     rules: tuple[str, ...] = ()
     causes: tuple[str, ...] = ()
+    sudden: bool = False
     cost: float = 10.0
 
     @property

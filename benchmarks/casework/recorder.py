@@ -30,6 +30,7 @@ class Recorder:
         self._model, self._every = model, every
         self._optimizers = optimizers
         self._names, self._parameters = zip(*model.named_parameters(), strict=True)
+        self._trainable = [parameter.requires_grad for parameter in self._parameters]
         self._column = {id(parameter): i for i, parameter in enumerate(self._parameters)}
         self._order: list[nn.Module] = []
         self._modules = [(name, module) for name, module in model.named_modules() if isinstance(module, ACTIVATIONS)]
@@ -148,7 +149,7 @@ class Recorder:
         depths = {id(m): depth for depth, m in enumerate(m for m in order if not isinstance(m, ACTIVATIONS))}
         following = {id(a): b for a, b in zip(self._order, self._order[1:], strict=False) if isinstance(b, ACTIVATIONS)}
         found = []
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        for name, parameter, trainable in zip(self._names, self._parameters, self._trainable, strict=True):
             layer, module = owner[name]
             after = following.get(id(module))
             found.append(
@@ -161,7 +162,7 @@ class Recorder:
                     kind=type(module).__name__,
                     activation=type(after).__name__ if after is not None else "",
                     aliases=tuple(other for other in aliases[id(parameter)] if other != name),
-                    trainable=parameter.requires_grad,
+                    trainable=trainable,
                 )
             )
         return tuple(found)

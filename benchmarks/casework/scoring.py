@@ -36,9 +36,9 @@ class Scored:
 
     @property
     def delayed(self) -> bool:
-        """Whether it failed, but late enough that a warning was possible."""
+        """Whether it failed, but late enough that a warning was possible, and not out of the blue."""
         step = self.result.outcome.failure_step
-        return self.kind == "failed" and step is not None and step >= DELAYED
+        return self.kind == "failed" and step is not None and step >= DELAYED and not self.case.sudden
 
     @functools.cached_property
     def verdict(self) -> Finding | None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from benchmarks.casework.case import Case, Losses, Outcome, Training
 from benchmarks.casework.outcome import BLOW_UP, STUCK
 
-#: How a fault shows in the run, which is checked: the loss blows up; nothing is learnt; or the loss looks well although
-#: a part of the network is sick, by construction.
-Ends = Literal["blow_up", "stuck", "silent"]
+#: How a fault shows in the run, which is checked: the loss blows up, in a way that the steps before foretell or not;
+#: nothing is learnt; or the loss looks well although a part of the network is sick, by construction.
+Ends = Literal["blow_up", "sudden", "stuck", "silent"]
 Batches = Iterator[tuple[Tensor, ...]]
 Scenario = Callable[..., Training]
 LossFunction = Callable[[Any, Tensor], Tensor]
@@ -65,7 +65,7 @@ def faulty(
     judge = functools.partial(_judge_faulty, ends=ends, constant=constant)
 
     label: dict[str, Any] = {"classes": classes, "judge": judge, "rules": rules, "causes": causes}
-    return lambda function: _register(function, arguments, name=name, **label)
+    return lambda function: _register(function, arguments, name=name, sudden=ends == "sudden", **label)
 
 
 def _register(
@@ -117,9 +117,9 @@ def _judge_healthy(losses: Losses, seed: int, *, learns: float) -> Outcome:
 
 def _judge_faulty(losses: Losses, seed: int, *, ends: Ends, constant: float | None) -> Outcome:
     first, final = float(losses[0]), float(np.median(losses[-max(5, len(losses) // 20) :]))
-    step = blow_up_from_best(losses) if ends == "blow_up" else None
+    step = blow_up_from_best(losses) if ends in ("blow_up", "sudden") else None
     stuck = not final < STUCK * (first if constant is None else min(first, constant))
-    failed = {"blow_up": step is not None, "stuck": stuck, "silent": True}[ends]
+    failed = {"blow_up": step is not None, "sudden": step is not None, "stuck": stuck, "silent": True}[ends]
     return Outcome(failed, step, len(losses), first, final)
 
 

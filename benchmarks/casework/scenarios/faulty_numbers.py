@@ -21,7 +21,7 @@ def poisoned(batches: Batches, *, every: int, first: int, harm: float) -> Batche
         yield (inputs * harm, targets) if number >= first and (number - first) % every == 0 else (inputs, targets)
 
 
-@faulty("nan", "exploding", ends="blow_up", rules=("nonfinite",), causes=("bad_batch",))
+@faulty("nan", "exploding", ends="sudden", rules=("nonfinite",), causes=("bad_batch",))
 def bad_batch_nan() -> Training:
     """One sample holds NaN; from then on the weights do."""
     model = mlp(64, 64, 64, 10)
@@ -79,7 +79,7 @@ def corrupt_targets_every_epoch() -> Training:
     return supervised(model, optimizer, batches(), F.mse_loss, steps=500)
 
 
-@faulty("nan", "exploding", ends="blow_up", rules=BREAKS, causes=("loss_domain",))
+@faulty("nan", "exploding", ends="sudden", rules=BREAKS, causes=("loss_domain",))
 def log_of_zero() -> Training:
     """Binary cross-entropy by hand: once a sigmoid rounds to 1, the loss is 0 times minus infinity."""
     x, y = digits()
@@ -94,7 +94,7 @@ def log_of_zero() -> Training:
     return supervised(model, optimizer, epochs(x[chosen], y[chosen], size=16), by_hand, steps=600)
 
 
-@faulty("nan", "exploding", ends="blow_up", rules=("nonfinite",), causes=("loss_domain",))
+@faulty("nan", "exploding", ends="sudden", rules=("nonfinite",), causes=("loss_domain",))
 def root_of_zero() -> Training:
     """The gradient of a distance is 0/0 where two embeddings coincide."""
     x, _ = digits()
@@ -113,7 +113,7 @@ def root_of_zero() -> Training:
     return supervised(model, optimizer, batches(), distance, steps=150)
 
 
-@faulty("nan", "exploding", ends="blow_up", rules=BREAKS, causes=("loss_domain", "bad_batch"))
+@faulty("nan", "exploding", ends="sudden", rules=BREAKS, causes=("loss_domain", "bad_batch"))
 def division_by_zero() -> Training:
     """A loss normalised by the batch's standard deviation, and at step 150 a batch of equal targets."""
     x, y = diabetes()

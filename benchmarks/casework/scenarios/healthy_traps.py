@@ -257,7 +257,7 @@ def alternating_heads() -> Training:
 
 
 class Experts(nn.Module):
-    """Top-1 routing over four experts (Fedus et al. 2021): an expert may see no sample of a batch."""
+    """Noisy top-1 routing over four experts (Shazeer et al. 2017): an expert may see no sample of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,14 +265,15 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList([nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)) for _ in range(4)])
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.router(x).softmax(1)
-        best, chosen = weights.max(1)
+        scores = self.router(x)
+        chosen = (scores + torch.randn_like(scores)).argmax(1)
+        best = scores.softmax(1).gather(1, chosen[:, None])
         outputs = torch.zeros(len(x), 10)
         for index, expert in enumerate(self.experts):
             rows = chosen == index
             if rows.any():
                 outputs = outputs.index_put((rows,), expert(x[rows]))
-        return outputs * best[:, None] * 4
+        return outputs * best * 4
 
 
 @healthy()
