@@ -93,7 +93,9 @@ def synthetic_batches(
         numbers = _metrics(norms, place / steps, rng)
         numbers |= {name: level * rng.lognormal(0, 0.1, len(place)) for name, level in (metrics or {}).items()}
         rows = np.flatnonzero(place % stats_every == 0)
-        sampled = {name: Samples(rows, levels.norms(place[rows] / steps, rng) * _SCALE.get(name, 1)) for name in statistics}
+        sampled = {
+            name: Samples(rows, levels.norms(place[rows] / steps, rng) * _SCALE.get(name, 1)) for name in statistics
+        }
         yield StepBatch(columns, place + first_step, norms, numbers, sampled if len(rows) else {})
 
 
@@ -114,7 +116,10 @@ class _Levels:
         p = len(parameters)
         biases = np.array([parameter.name.endswith("bias") for parameter in parameters], bool)
         self._level = (rng.normal(-1.5, 0.6, p) - 1.5 * biases).astype(np.float32)
-        self._phase, self._pace = rng.uniform(0, 2 * np.pi, p).astype(np.float32), rng.uniform(2, 12, p).astype(np.float32)
+        self._phase, self._pace = (
+            rng.uniform(0, 2 * np.pi, p).astype(np.float32),
+            rng.uniform(2, 12, p).astype(np.float32),
+        )
 
     def norms(self, progress: npt.NDArray[np.float64], rng: np.random.Generator) -> Array:
         """Norms of shape (n, p), at shares `progress` of the run."""
@@ -154,7 +159,9 @@ def afflict(norms: Array, progress: npt.NDArray[np.float64], *, scenario: str, o
             norms[progress >= 0.4, victim] = 0
 
 
-def _metrics(norms: Array, progress: npt.NDArray[np.float64], rng: np.random.Generator) -> dict[str, npt.NDArray[np.float64]]:
+def _metrics(
+    norms: Array, progress: npt.NDArray[np.float64], rng: np.random.Generator
+) -> dict[str, npt.NDArray[np.float64]]:
     n = len(progress)
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.sqrt(np.sum(np.square(norms, dtype=np.float64), axis=1))

@@ -81,7 +81,13 @@ class RunWriter:
         self.path = Path(path)
         self._pid = os.getpid()
         now = time.time()
-        begun = {"status": "running", "status_detail": "", "ended": None, "started": info.started or now, "heartbeat": now}
+        begun = {
+            "status": "running",
+            "status_detail": "",
+            "ended": None,
+            "started": info.started or now,
+            "heartbeat": now,
+        }
         process = {"host": info.host or socket.gethostname(), "pid": self._pid}
         info = dataclasses.replace(info, **begun, **process)  # type: ignore[arg-type]
         store = Store(self.path, info, overwrite=overwrite, resume=resume, disk=self.disk_type())

@@ -27,13 +27,17 @@ def booleans(values: npt.NDArray[np.bool_]) -> pa.Array:
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, _bits(values)])
 
 
+def text(words: Sequence[str]) -> pa.Array:
+    """A column of strings."""
+    encoded = [word.encode() for word in words]
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    data = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(encoded), data)
+
+
 def strings(table: Sequence[str], codes: Ints) -> pa.Array:
     """A column of strings from indices into a table."""
-    encoded = [table[code].encode() for code in codes]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
-    return pa.Array.from_buffers(
-        pa.string(), len(encoded), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
-    )
+    return text(table).take(numbers(np.asarray(codes, np.int64)))
 
 
 def _bits(values: npt.NDArray[np.bool_]) -> pa.Buffer:

@@ -31,7 +31,11 @@ def join(batches: Sequence[StepBatch], layout: Layout) -> StepBatch:
 
 
 def _join_samples(batches: Sequence[StepBatch], starts: Ints, name: str) -> Samples | None:
-    found = [(batch.statistics[name], start) for batch, start in zip(batches, starts, strict=False) if name in batch.statistics]
+    found = [
+        (batch.statistics[name], start)
+        for batch, start in zip(batches, starts, strict=False)
+        if name in batch.statistics
+    ]
     if not found:
         return None
     rows = np.concatenate([samples.rows + start for samples, start in found])

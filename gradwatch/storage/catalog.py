@@ -75,10 +75,12 @@ class StreamSegment:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
         return Samples(samples.rows, samples.values[:, columns])
 
-    def metrics(self, names: Sequence[str], *, words: bool = False) -> Numbers:  # noqa: ARG002 -- they cost nothing here
+    def metrics(self, names: Sequence[str], *, words: bool = False) -> Numbers:
         """As `SealedSegment.metrics`."""
         batch = self._batch
-        return Numbers({name: np.asarray(batch.metric(name), np.float64) for name in names}, batch.stage, batch.skip_reason)
+        return Numbers(
+            {name: np.asarray(batch.metric(name), np.float64) for name in names}, batch.stage, batch.skip_reason
+        )
 
     def batch(self, parameters: tuple[Parameter, ...], statistics: Sequence[str] | None) -> StepBatch:
         """The whole segment."""
@@ -117,7 +119,9 @@ class Catalog:
             if stem and (dot + suffix == SEALED_SUFFIX or (dot + suffix == OPEN_SUFFIX and stem not in names)):
                 names[stem] = name
         self._names = dict(sorted(names.items()))
-        self._streams = {stem: s for stem, s in self._streams.items() if self._names.get(stem, "").endswith(OPEN_SUFFIX)}
+        self._streams = {
+            stem: s for stem, s in self._streams.items() if self._names.get(stem, "").endswith(OPEN_SUFFIX)
+        }
         for stem in list(self._streams):
             try:
                 self._streams[stem].refresh()

@@ -61,6 +61,10 @@ class Disk:
         finally:
             os.close(folder)
 
+    def rename(self, path: Path, new: Path) -> None:
+        """Give a file another name in the same folder."""
+        path.replace(new)
+
     def remove(self, path: Path) -> None:
         """Remove a file; none there is fine."""
         path.unlink(missing_ok=True)

@@ -77,7 +77,9 @@ def _check(info: RunInfo) -> None:
     wrong += [name for name in _NUMBERS if not isinstance(getattr(info, name), (int, float))]
     wrong += [name for name in ("versions", "config", "overhead") if not isinstance(getattr(info, name), Mapping)]
     wrong += [] if info.ended is None or isinstance(info.ended, (int, float)) else ["ended"]
-    wrong += [f"parameter {p.name!r}" for p in info.parameters if not isinstance(p.name, str) or not isinstance(p.layer, str)]
+    wrong += [
+        f"parameter {p.name!r}" for p in info.parameters if not isinstance(p.name, str) or not isinstance(p.layer, str)
+    ]
     wrong += [f"module {name!r}" for name in info.modules if not isinstance(name, str)]
     if wrong:
         raise TypeError(f"fields of the wrong type: {', '.join(wrong)}")

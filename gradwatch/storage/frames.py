@@ -65,7 +65,9 @@ def _no_marker(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(values == NOT_MEASURED, np.nan, values)
 
 
-def of_metrics(step: Ints, metrics: Mapping[str, npt.NDArray[Any]], words: Mapping[str, npt.NDArray[Any]]) -> pd.DataFrame:
+def of_metrics(
+    step: Ints, metrics: Mapping[str, npt.NDArray[Any]], words: Mapping[str, npt.NDArray[Any]]
+) -> pd.DataFrame:
     """One row per step; where a metric has the name of a column of words, the metric is called `metric/` and its name."""
     import pandas as pd
 
@@ -97,9 +99,7 @@ def of_actions(actions: Sequence[ActionRecord]) -> pd.DataFrame:
     """One row per action."""
     import pandas as pd
 
-    rows = [
-        (a.step, a.action, ", ".join(a.layers), a.detail, a.reason, a.before, a.after, a.outcome) for a in actions
-    ]
+    rows = [(a.step, a.action, ", ".join(a.layers), a.detail, a.reason, a.before, a.after, a.outcome) for a in actions]
     return pd.DataFrame(rows, columns=list(_ACTION))
 
 

@@ -15,7 +15,7 @@ RUN_FILE = "run.json"
 EVENTS_FILE = "events.jsonl"
 LOCK_FILE = "writer.lock"
 STEPS, SAMPLES, ROLLUPS = "steps", "samples", "rollups"
-OPEN_SUFFIX, SEALED_SUFFIX, TEMPORARY_SUFFIX = ".arrow", ".parquet", ".tmp"
+OPEN_SUFFIX, SEALED_SUFFIX, TEMPORARY_SUFFIX, DAMAGED_SUFFIX = ".arrow", ".parquet", ".tmp", ".damaged"
 
 #: Key of the schema metadata under which a segment describes itself.
 METADATA_KEY = b"gradwatch"

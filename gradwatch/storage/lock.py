@@ -44,7 +44,9 @@ class Lock:
             if attempt == _ATTEMPTS - 1:
                 holder = describe_holder(path)
                 self._close()
-                raise RunLockedError(f"{path.parent} is being written by {holder}: choose another directory, or stop it")
+                raise RunLockedError(
+                    f"{path.parent} is being written by {holder}: choose another directory, or stop it"
+                )
             time.sleep(_PAUSE)
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only its holder goes unnamed

@@ -45,7 +45,7 @@ class OpenSegment:
         return len(data)
 
     def _write(self, data: bytes) -> None:
-        assert self._file is not None  # noqa: S101
+        assert self._file is not None
         try:
             self.disk.append(self._file, data)
         except OSError:

@@ -14,7 +14,7 @@ from gradwatch.records import StepBatch
 from gradwatch.storage.batches import ascending_runs, join
 from gradwatch.storage.events import THINNED, encode_event
 from gradwatch.storage.layout import Layout
-from gradwatch.storage.segments import Breather
+from gradwatch.storage.pace import Breather
 from gradwatch.storage.store import Store
 
 logger = logging.getLogger("gradwatch")
@@ -155,7 +155,9 @@ class Recorder:
         data = {"name": THINNED, "first_step": self.thinned_first, "last_step": self.thinned_last, "dropped": dropped}
         self.store.append_events(encode_event("mark", data), sync=False)
         self._marked += dropped
-        logger.warning("gradwatch: the disk could not follow; %d steps were not recorded (%s)", dropped, self.store.path)
+        logger.warning(
+            "gradwatch: the disk could not follow; %d steps were not recorded (%s)", dropped, self.store.path
+        )
 
     def _flush_facts(self) -> None:
         due = time.monotonic() - self._heartbeat >= HEARTBEAT

@@ -12,10 +12,13 @@ import pyarrow.parquet as pq
 
 from gradwatch.errors import RunCorruptError
 from gradwatch.records import FORMAT_VERSION, Ints
-from gradwatch.storage.arrow import absent, numbers, plain, strings
+from gradwatch.storage.arrow import absent, numbers, plain, text
+from gradwatch.storage.columns import Columns
 from gradwatch.storage.layout import METADATA_KEY
 from gradwatch.storage.rollups import LEAST_SAMPLES, Array, Rollup, coarser, roll_up
-from gradwatch.storage.segments import DAMAGE, PARQUET, Breather, Columns
+from gradwatch.storage.pace import Breather
+from gradwatch.storage.parquet import PARQUET
+from gradwatch.storage.stream import DAMAGE
 
 #: How many values are rolled up at a time.
 _BLOCK = 1 << 17
@@ -40,7 +43,10 @@ def roll_up_columns(statistic: str, names: Sequence[str], columns: Columns, step
     if not len(taken) or not len(names):
         return []
     resolution = 10
-    while len(taken) < LEAST_SAMPLES * len(np.unique(taken // resolution)) and taken[0] // resolution != taken[-1] // resolution:
+    while (
+        len(taken) < LEAST_SAMPLES * len(np.unique(taken // resolution))
+        and taken[0] // resolution != taken[-1] // resolution
+    ):
         resolution *= 10
     finest = roll_up_in_blocks(columns.values, taken, resolution, statistic=statistic, names=names)
     found = [finest]
@@ -94,7 +100,7 @@ def _table(rollup: Rollup) -> pa.Table:
 
 
 def _words(words: Sequence[str]) -> pa.Array:
-    return strings(words, np.arange(len(words)))
+    return text(words)
 
 
 def _floats(values: Array) -> pa.Array:

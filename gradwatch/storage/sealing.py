@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from gradwatch.records import Ints, Parameter, StepBatch
+from gradwatch.errors import RunCorruptError
+from gradwatch.storage.columns import Columns, SegmentColumns, read_columns
 from gradwatch.storage.disk import Disk
-from gradwatch.storage.layout import GRAD_NORM, OPEN_SUFFIX, ROLLUPS, SAMPLES, SEALED_SUFFIX, STEPS, Layout, Stem
+from gradwatch.storage.layout import DAMAGED_SUFFIX, OPEN_SUFFIX, ROLLUPS, SAMPLES, SEALED_SUFFIX, STEPS, Stem
+from gradwatch.storage.parquet import encode_samples, encode_steps
 from gradwatch.storage.rollup_files import encode_rollups, roll_up_columns
 from gradwatch.storage.rollups import METRIC, Rollup
-from gradwatch.storage.segments import Columns, encode_samples, encode_steps, gather
-from gradwatch.storage.stream import StreamDecoder
 
 
 def seal(run: Path, stem: Stem, disk: Disk) -> int:
@@ -30,37 +29,45 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
         Bytes written.
     """
     stream, name = run / STEPS / f"{stem}{OPEN_SUFFIX}", f"{stem}{SEALED_SUFFIX}"
-    data = stream.read_bytes()
-    decoder = StreamDecoder(data)
-    layout = decoder.layout
-    batches = list(decoder.decode(data[decoder.offset :], tuple(map(Parameter, layout.parameters))))
-    del data
-    if not batches:
+    if (run / STEPS / name).exists():  # sealed by a process that died before it removed the stream
+        disk.remove(stream)
+        return 0
+    try:
+        segment = read_columns(stream)
+    except RunCorruptError:
+        if stream.stat().st_size:
+            disk.rename(stream, stream.with_name(stream.name + DAMAGED_SUFFIX))
+        else:
+            disk.remove(stream)
+        return 0
+    if segment is None:
         disk.remove(stream)
         return 0
     written = 0
-    norms = gather(batches, GRAD_NORM, len(layout.parameters))
-    statistics = {s: gather(batches, s, len(layout.names(s))) for s in layout.statistics}
-    statistics = {s: columns for s, columns in statistics.items() if len(columns.rows)}
-    steps = np.concatenate([batch.step for batch in batches])
-    if statistics:
-        samples = encode_samples(steps, layout, statistics)
+    if (samples := encode_samples(segment)) is not None:
         disk.replace(run / SAMPLES / name, samples, sync=True)
         written += samples.size
-    rollups = _roll_up(batches, layout, steps, {GRAD_NORM: norms, **statistics})
+    del samples
+    rollups = encode_rollups(rollups_of(segment))
     disk.replace(run / ROLLUPS / name, rollups, sync=False)
     written += rollups.size
-    sealed = encode_steps(batches, layout, norms)
+    del rollups
+    sealed = encode_steps(segment)
     disk.replace(run / STEPS / name, sealed, sync=True)
     disk.remove(stream)
-    return written + sealed.size
+    return int(written + sealed.size)
 
 
-def _roll_up(batches: list[StepBatch], layout: Layout, steps: Ints, statistics: dict[str, Columns]) -> pa.Buffer:
-    rollups: list[Rollup] = []
-    for name, columns in statistics.items():
-        rollups += roll_up_columns(name, layout.names(name), columns, steps)
+def rollups_of(segment: SegmentColumns) -> list[Rollup]:
+    """The rollups of all statistics and metrics of a segment, at all resolutions."""
+    layout = segment.layout
+    statistics = dict(segment.statistics)
+    names = {name: layout.names(name) for name in statistics}
     if layout.metrics:
-        metrics = np.stack([np.concatenate([batch.metric(name) for batch in batches]) for name in layout.metrics])
-        rollups += roll_up_columns(METRIC, layout.metrics, Columns(np.arange(len(steps)), metrics), steps)
-    return encode_rollups(rollups)
+        statistics[METRIC] = Columns(np.arange(len(segment.step)), segment.metrics)
+        names[METRIC] = layout.metrics
+    return [
+        rollup
+        for name, columns in statistics.items()
+        for rollup in roll_up_columns(name, names[name], columns, segment.step)
+    ]

@@ -1,8 +1,7 @@
-"""The sealed segment: Parquet, one float32 column per parameter and statistic."""
+"""Reading a sealed segment."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,133 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradwatch.errors import RunCorruptError
-from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Floats, Ints, Parameter, Samples, StepBatch
-from gradwatch.storage.arrow import numbers, plain, strings
+from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Ints, Parameter, Samples, StepBatch
+from gradwatch.storage.arrow import plain
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
-from gradwatch.storage.stream import codes, measured, nullable
-
-#: How long Python code runs at a stretch, and how long it then lets the training thread have the interpreter (seconds).
-_STRETCH, _BREATH = 3e-4, 5e-5
-#: What a damaged Parquet file may raise.
-DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, EOFError)
-
-Table = npt.NDArray[np.float32]
-
-
-class Breather:
-    """Gives the interpreter away every fraction of a millisecond, so that the training thread never waits for long.
-
-    Without it a busy thread keeps the interpreter for a whole switch interval, five milliseconds.
-    """
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __call__(self) -> None:
-        """Pause if the stretch is over."""
-        if time.perf_counter() - self._since > _STRETCH:
-            time.sleep(_BREATH)
-            self._since = time.perf_counter()
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """The values of one statistic in a segment, by column.
-
-    Args:
-        rows: int64 of shape (k,): which rows of the segment have a sample, ascending.
-        values: float32 of shape (names, k); `NOT_MEASURED` where absent.
-    """
-
-    rows: Ints
-    values: Table
-
-
-def gather(batches: Sequence[StepBatch], statistic: str, width: int) -> Columns:
-    """The values of a statistic of consecutive batches, turned into columns."""
-    parts: list[tuple[Ints, Floats]] = []
-    start = 0
-    for batch in batches:
-        if statistic == GRAD_NORM:
-            parts.append((np.arange(start, start + len(batch)), batch.grad_norm))
-        elif (samples := batch.statistics.get(statistic)) is not None:
-            parts.append((samples.rows + start, samples.values))
-        start += len(batch)
-    rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in parts)]).astype(np.int64)
-    values = np.empty((width, len(rows)), np.float32)
-    at = 0
-    for _, block in parts:
-        values[:, at : at + len(block)] = block.T
-        at += len(block)
-    return Columns(rows, values)
-
-
-def encode_steps(batches: Sequence[StepBatch], layout: Layout, norms: Columns) -> pa.Buffer:
-    """The file below `steps/`: one row per step, with the metrics and the gradient norms."""
-    arrays: list[pa.Array] = [
-        numbers(np.concatenate([batch.step for batch in batches])),
-        strings(STAGES, np.concatenate([batch.stage for batch in batches])),
-        strings(SKIP_REASONS, np.concatenate([batch.skip_reason for batch in batches])),
-    ]
-    names = ["step", "stage", "skip_reason"]
-    for metric in layout.metrics:
-        arrays.append(nullable(np.concatenate([batch.metric(metric) for batch in batches])))
-        names.append(metric_column(metric))
-    arrays += _float_columns(norms.values)
-    names += layout.columns(GRAD_NORM)
-    return encode_parquet(arrays, names, metadata=layout.metadata())
-
-
-def encode_samples(steps: Ints, layout: Layout, statistics: dict[str, Columns]) -> pa.Buffer:
-    """The file below `samples/`: one row per step at which a sampled statistic was taken."""
-    rows = np.unique(np.concatenate([columns.rows for columns in statistics.values()]))
-    arrays, names = [numbers(steps[rows])], ["step"]
-    for name, columns in statistics.items():
-        values = columns.values
-        if len(columns.rows) != len(rows):
-            values = np.full((len(columns.values), len(rows)), NOT_MEASURED, np.float32)
-            values[:, np.searchsorted(rows, columns.rows)] = columns.values
-        arrays += _float_columns(values)
-        names += layout.columns(name)
-    return encode_parquet(arrays, names, metadata=layout.metadata())
-
-
-def _float_columns(values: Table) -> list[pa.Array]:
-    breathe = Breather()
-    columns = []
-    partial = (values == NOT_MEASURED).any(axis=1) if values.size else np.zeros(len(values), bool)
-    for row, is_partial in zip(values, partial.tolist(), strict=True):
-        columns.append(nullable(row) if is_partial else numbers(row))
-        breathe()
-    return columns
-
-
-def encode_parquet(arrays: list[pa.Array], names: list[str], *, metadata: dict[bytes, bytes]) -> pa.Buffer:
-    """One Parquet file with one row group: zstd, byte-stream-split numbers, page checksums."""
-    breathe = Breather()
-    fields = []
-    for name, array in zip(names, arrays, strict=True):
-        fields.append(pa.field(name, array.type))
-        breathe()
-    schema = pa.schema(fields)
-    table = pa.Table.from_arrays(arrays, schema=schema)
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema, **PARQUET) as writer:
-        writer.write_table(table, row_group_size=max(1, table.num_rows))
-        writer.add_key_value_metadata(metadata)
-    return sink.getvalue()
-
-
-#: How every Parquet file of a run is written.
-PARQUET: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "use_dictionary": ["stage", "skip_reason", "statistic", "name"],
-    "use_byte_stream_split": True,
-    "write_statistics": ["step", "resolution", "start"],
-    "write_page_checksum": True,
-    "store_schema": False,
-}
+from gradwatch.storage.stream import DAMAGE, codes, measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +47,7 @@ class SealedSegment:
         """Its columns."""
         if self._layout is None:
             self._read(self._steps, [])
-        assert self._layout is not None  # noqa: S101 -- `_read` sets it or raises
+        assert self._layout is not None
         return self._layout
 
     @property
@@ -251,4 +127,3 @@ class SealedSegment:
                 return file.read(columns=columns) if columns else None
         except DAMAGE as error:
             raise RunCorruptError(f"{path} is damaged: {error}") from error
-

@@ -15,8 +15,8 @@ from gradwatch.storage.catalog import Catalog, Segment, within
 from gradwatch.storage.files import Files
 from gradwatch.storage.layout import ROLLUPS, SEALED_SUFFIX, Stem
 from gradwatch.storage.rollup_files import decode_rollup, roll_up_in_blocks
-from gradwatch.storage.segments import Numbers
 from gradwatch.storage.rollups import METRIC, Rollup, combine, empty
+from gradwatch.storage.segments import Numbers
 
 Patterns = str | Sequence[str] | None
 
@@ -96,7 +96,9 @@ def read_metrics(catalog: Catalog, names: Sequence[str], steps: slice | None) ->
             continue
         taken.append(segment.step[rows])
     nothing = np.empty(0, np.int8)
-    metrics = {name: np.concatenate([np.empty(0), *(part.metrics[name][rows] for part, rows in parts)]) for name in names}
+    metrics = {
+        name: np.concatenate([np.empty(0), *(part.metrics[name][rows] for part, rows in parts)]) for name in names
+    }
     stage = np.concatenate([nothing, *(part.stage[rows] for part, rows in parts)])
     reason = np.concatenate([nothing, *(part.skip_reason[rows] for part, rows in parts)])
     return np.concatenate(taken), Numbers(metrics, stage, reason)

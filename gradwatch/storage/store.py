@@ -25,7 +25,6 @@ from gradwatch.storage.layout import (
     ROLLUPS,
     RUN_FILE,
     SAMPLES,
-    SEALED_SUFFIX,
     STEPS,
     TEMPORARY_SUFFIX,
     Layout,
@@ -59,13 +58,21 @@ class Store:
     """
 
     def __init__(
-        self, path: Path, info: RunInfo, *, overwrite: bool = False, resume: bool | int = False, disk: Disk | None = None
+        self,
+        path: Path,
+        info: RunInfo,
+        *,
+        overwrite: bool = False,
+        resume: bool | int = False,
+        disk: Disk | None = None,
     ) -> None:
         self.path, self.disk = path, disk or Disk()
         self.bytes_written = 0
         exists = _look_at(path)
         if exists and not overwrite and resume is False:
-            raise RunExistsError(f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True")
+            raise RunExistsError(
+                f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True"
+            )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(path / LOCK_FILE)
         #: Whether there is something to seal.
@@ -101,7 +108,9 @@ class Store:
         if resume is not False:
             old = catalog.facts()
             processes, self._reached = old.processes, catalog.last_step()
-            info = dataclasses.replace(info, parameters=merged(old.info.parameters, info.parameters), started=old.info.started)
+            info = dataclasses.replace(
+                info, parameters=merged(old.info.parameters, info.parameters), started=old.info.started
+            )
         else:
             self._reached = -1
         process = {"host": info.host, "pid": info.pid, "started": time.time(), "first_step": self.next_step}
@@ -127,7 +136,7 @@ class Store:
 
     def _mend_events(self) -> None:
         """End a line that a dying process left torn, so that the next one begins on its own."""
-        assert self._events is not None  # noqa: S101
+        assert self._events is not None
         data = LocalFiles(self.path).read(EVENTS_FILE)
         self._events_size = len(data)
         if len(data) != whole_lines(data):
@@ -149,7 +158,7 @@ class Store:
                 layout = joined or layout
         if self._open is None:
             self._begin_segment(layout, batch.parameters, min(first, self.next_step) if self._reached < 0 else first)
-        assert self._open is not None  # noqa: S101
+        assert self._open is not None
         self.bytes_written += self._open.append(batch)
         self._reached = int(batch.step[-1])
         self.next_step = self._reached + 1
@@ -165,7 +174,7 @@ class Store:
 
     def append_events(self, lines: bytes, *, sync: bool) -> None:
         """Append whole lines to the events."""
-        assert self._events is not None  # noqa: S101
+        assert self._events is not None
         try:
             self.disk.append(self._events, lines)
         except OSError:
@@ -184,7 +193,9 @@ class Store:
     def write_facts(self, *, sync: bool, overhead: Mapping[str, Any] | None = None) -> None:
         """Replace `run.json`, with a new heartbeat and further numbers on gradwatch itself."""
         info = self.facts.info
-        self.facts.info = dataclasses.replace(info, heartbeat=time.time(), overhead={**info.overhead, **(overhead or {})})
+        self.facts.info = dataclasses.replace(
+            info, heartbeat=time.time(), overhead={**info.overhead, **(overhead or {})}
+        )
         data = self.facts.encode()
         self.disk.replace(self.path / RUN_FILE, data, sync=sync)
         self.bytes_written += len(data)

@@ -17,10 +17,22 @@ import pyarrow.compute as pc
 
 from gradwatch.errors import RunCorruptError, RunFormatError
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Floats, Ints, Parameter, Samples, StepBatch
-from gradwatch.storage.arrow import absent, booleans, numbers, plain, strings
+from gradwatch.storage.arrow import absent, booleans, numbers, plain, strings, text
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
 
 CHECKSUM = "crc32"
+#: What damaged bytes may raise on the way through Arrow.
+DAMAGE = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    OverflowError,
+    EOFError,
+    StopIteration,
+)
 
 
 def schema_of(layout: Layout) -> pa.Schema:
@@ -89,7 +101,7 @@ def encode_rows(batch: StepBatch, layout: Layout, schema: pa.Schema) -> pa.Recor
 
 def codes(table: tuple[str, ...], words: pa.Array | pa.ChunkedArray) -> Ints:
     """Indices into a table from strings; a word of a later version reads as the first."""
-    found = pc.index_in(words, strings(table, np.arange(len(table))))
+    found = pc.index_in(words, text(table))
     return np.where(absent(found), 0, plain(found)).astype(np.int8)
 
 
@@ -130,6 +142,47 @@ def checksum(rows: pa.RecordBatch) -> int:
     return value
 
 
+def read_layout(source: pa.NativeFile) -> Layout:
+    """The layout that a stream begins with.
+
+    Raises:
+        RunCorruptError: When the schema is torn or damaged.
+        RunFormatError: When it is not one of ours.
+    """
+    try:
+        schema = pa.ipc.open_stream(source).schema
+    except DAMAGE as error:
+        raise RunCorruptError("the segment does not begin with a schema") from error
+    layout = Layout.from_metadata(schema.metadata)
+    if not schema.equals(schema_of(layout)):
+        raise RunFormatError("the segment has other columns than it says")
+    return layout
+
+
+def record_batches(source: pa.NativeFile, layout: Layout) -> Iterator[pa.RecordBatch]:
+    """The record batches of a stream, up to the first that is torn or damaged; read one by one."""
+    try:
+        stream = pa.ipc.open_stream(source)
+        while True:
+            rows, metadata = stream.read_next_batch_with_custom_metadata()
+            rows.validate(full=True)
+            if metadata is None or int(metadata[CHECKSUM]) != checksum(rows) or not _fits(rows, layout):
+                return
+            yield rows
+    except DAMAGE:
+        return
+
+
+def _fits(rows: pa.RecordBatch, layout: Layout) -> bool:
+    """Whether every list holds one value per name, and a statistic that every step has is in every row."""
+    for name in (GRAD_NORM, *layout.statistics):
+        column = rows.column(name)
+        present = rows.num_rows - column.null_count
+        if len(column.flatten()) != present * len(layout.names(name)) or (name == GRAD_NORM and column.null_count):
+            return False
+    return not rows.column("step").null_count
+
+
 class StreamDecoder:
     """Reads an open segment that may still grow, may be torn, may be damaged.
 
@@ -143,13 +196,7 @@ class StreamDecoder:
 
     def __init__(self, head: bytes) -> None:
         source = pa.BufferReader(pa.py_buffer(head))
-        try:
-            schema = pa.ipc.open_stream(source).schema
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise RunCorruptError("the segment does not begin with a schema") from error
-        self.layout = Layout.from_metadata(schema.metadata)
-        if not schema.equals(schema_of(self.layout)):
-            raise RunFormatError("the segment has other columns than it says")
+        self.layout = read_layout(source)
         #: How many bytes of the file have been read.
         self.offset = source.tell()
         self._head = head[: self.offset]
@@ -157,31 +204,20 @@ class StreamDecoder:
     def decode(self, tail: bytes, parameters: tuple[Parameter, ...]) -> Iterator[StepBatch]:
         """The whole record batches of the file from `offset` on, up to the first that is torn or damaged."""
         source = pa.BufferReader(pa.py_buffer(self._head + tail))
-        try:
-            stream = pa.ipc.open_stream(source)
-            while True:
-                before = source.tell()
-                rows, metadata = stream.read_next_batch_with_custom_metadata()
-                rows.validate(full=True)
-                if metadata is None or int(metadata[CHECKSUM]) != checksum(rows):
-                    return
-                batch = decode_rows(rows, self.layout, parameters)
-                self.offset += source.tell() - before
-                yield batch
-        except (pa.ArrowException, StopIteration, OSError, ValueError, KeyError, IndexError):
-            return
+        begin = self.offset - len(self._head)
+        for rows in record_batches(source, self.layout):
+            yield decode_rows(rows, self.layout, parameters)
+            self.offset = begin + source.tell()
 
 
 def decode_rows(rows: pa.RecordBatch, layout: Layout, parameters: tuple[Parameter, ...]) -> StepBatch:
     """The inverse of `encode_rows`."""
-    n = rows.num_rows
-    metrics = {name: measured(rows.column(metric_column(name))) for name in layout.metrics}
-    samples = {name: _samples(rows.column(name), len(layout.names(name))) for name in layout.statistics}
+    samples = {name: list_values(rows.column(name), len(layout.names(name))) for name in layout.statistics}
     return StepBatch(
         parameters=parameters,
         step=plain(rows.column("step")),
-        grad_norm=_samples(rows.column(GRAD_NORM), len(layout.parameters)).values.reshape(n, len(layout.parameters)),
-        metrics=metrics,
+        grad_norm=list_values(rows.column(GRAD_NORM), len(layout.parameters)).values,
+        metrics={name: measured(rows.column(metric_column(name))) for name in layout.metrics},
         statistics={name: found for name, found in samples.items() if len(found.rows)},
         modules=layout.modules,
         stage=codes(STAGES, rows.column("stage")),
@@ -189,7 +225,7 @@ def decode_rows(rows: pa.RecordBatch, layout: Layout, parameters: tuple[Paramete
     )
 
 
-def _samples(column: pa.ListArray, width: int) -> Samples:
+def list_values(column: pa.ListArray, width: int) -> Samples:
+    """The rows that are not null, and their lists of `width` values each."""
     present = np.flatnonzero(~absent(column))
-    values = measured(column.flatten())
-    return Samples(rows=present, values=values.reshape(len(present), width).astype(np.float32, copy=False))
+    return Samples(rows=present, values=measured(column.flatten()).reshape(len(present), width))

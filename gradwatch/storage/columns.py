@@ -1,0 +1,121 @@
+"""An ended stream, turned from rows into columns, with no more memory than the columns take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Ints
+from gradwatch.storage.arrow import plain
+from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
+from gradwatch.storage.pace import Breather
+from gradwatch.storage.stream import codes, list_values, measured, read_layout, record_batches
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The values of one statistic in a segment, by column.
+
+    Args:
+        rows: int64 of shape (k,): which rows of the segment have a sample, ascending.
+        values: float32 of shape (names, k); `NOT_MEASURED` where absent.
+    """
+
+    rows: Ints
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentColumns:
+    """All columns of a segment.
+
+    Args:
+        layout: Their names.
+        step: int64 of shape (n,).
+        stage: Index into `STAGES`, shape (n,).
+        skip_reason: Index into `SKIP_REASONS`, shape (n,).
+        metrics: float64 of shape (metrics, n), in the layout's order.
+        statistics: `grad_norm` and the sampled statistics that have a sample.
+    """
+
+    layout: Layout
+    step: Ints
+    stage: Ints
+    skip_reason: Ints
+    metrics: npt.NDArray[np.float64]
+    statistics: dict[str, Columns]
+
+
+def read_columns(path: Path) -> SegmentColumns | None:
+    """The columns of a stream, up to its first torn or damaged record batch; None when it has no steps.
+
+    Raises:
+        RunCorruptError: When not even its schema can be read.
+        RunFormatError: When it is not one of ours.
+    """
+    with pa.OSFile(str(path)) as source:
+        layout = read_layout(source)
+    names = (GRAD_NORM, *layout.statistics)
+    samples = dict.fromkeys(names, 0)
+    n = 0
+    for rows in _batches(path, layout):
+        n += rows.num_rows
+        for name in names:
+            samples[name] += rows.num_rows - rows.column(name).null_count
+    if not n:
+        return None
+    columns = SegmentColumns(
+        layout=layout,
+        step=np.empty(n, np.int64),
+        stage=np.empty(n, np.int8),
+        skip_reason=np.empty(n, np.int8),
+        metrics=np.empty((len(layout.metrics), n)),
+        statistics={
+            name: Columns(np.empty(k, np.int64), np.empty((len(layout.names(name)), k), np.float32))
+            for name, k in samples.items()
+            if k
+        },
+    )
+    _fill(columns, path)
+    return columns
+
+
+def _batches(path: Path, layout: Layout) -> Iterator[pa.RecordBatch]:
+    """The record batches; read one at a time while iterated over."""
+    with pa.OSFile(str(path)) as source:
+        yield from record_batches(source, layout)
+
+
+def _fill(columns: SegmentColumns, path: Path) -> None:
+    breathe = Breather()
+    at, filled = 0, dict.fromkeys(columns.statistics, 0)
+    for rows in _batches(path, columns.layout):
+        end = at + rows.num_rows
+        columns.step[at:end] = plain(rows.column("step"))
+        columns.stage[at:end] = codes(STAGES, rows.column("stage"))
+        columns.skip_reason[at:end] = codes(SKIP_REASONS, rows.column("skip_reason"))
+        for i, metric in enumerate(columns.layout.metrics):
+            columns.metrics[i, at:end] = measured(rows.column(metric_column(metric)))
+        breathe()
+        for name, place in filled.items():
+            part = list_values(rows.column(name), len(columns.layout.names(name)))
+            whole, low, high = columns.statistics[name], place, place + len(part.rows)
+            whole.rows[low:high] = part.rows + at
+            whole.values[:, low:high] = part.values.T
+            filled[name] = high
+            breathe()
+        at = end
+
+
+def take_rows(columns: Columns, rows: Ints) -> npt.NDArray[np.float32]:
+    """The values at `rows` of the segment, shape (names, rows); `NOT_MEASURED` where there is no sample."""
+    if len(columns.rows) == len(rows):
+        return columns.values
+    values = np.full((len(columns.values), len(rows)), NOT_MEASURED, np.float32)
+    values[:, np.searchsorted(rows, columns.rows)] = columns.values
+    return values
