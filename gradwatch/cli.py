@@ -1,0 +1,318 @@
+"""The command `gradwatch`: each command is a door to one reporter.
+
+Exit codes: 0 all well; 1 `check` found something; 2 bad input, or a run that cannot be read; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradwatch.errors import ConfigurationError, GradwatchError, UnknownNameError
+
+if TYPE_CHECKING:
+    from gradwatch.run import Run
+
+OK, FOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="gradwatch", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Flight recorder and autopilot of a training run.", rich_markup_mode=None,
+    epilog="Exit codes: 0 well; 1 'check' found something; 2 bad input or a run that cannot be read; 130 interrupted.",
+)  # fmt: skip
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
+
+
+class Format(enum.StrEnum):
+    """Formats of a report."""
+
+    html = "html"
+    md = "md"
+    json = "json"
+
+
+class Level(enum.StrEnum):
+    """Severities of a finding."""
+
+    info = "info"
+    warning = "warning"
+    critical = "critical"
+
+
+class Theme(enum.StrEnum):
+    """Colours of a figure."""
+
+    light = "light"
+    dark = "dark"
+
+
+class By(enum.StrEnum):
+    """What compared runs are aligned on."""
+
+    step = "step"
+    time = "time"
+
+
+class TableFormat(enum.StrEnum):
+    """Formats of an exported table."""
+
+    csv = "csv"
+    parquet = "parquet"
+    jsonl = "jsonl"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    command = typer.main.get_command(app)
+    try:
+        command.main(args=sys.argv[1:] if argv is None else argv, prog_name="gradwatch")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else BAD_INPUT if end.code else OK
+    except GradwatchError as error:
+        typer.echo(f"gradwatch: {error}", err=True)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return OK
+
+
+@app.command()
+def summary(run: RunPath, as_json: AsJson = False) -> None:
+    """Say what happened in a run: verdict, where, since when, why, what was done, what to do now."""
+    from gradwatch.reporters import terminal, text
+
+    told = _open(run).summary()
+    if as_json:
+        typer.echo(text.to_json(told), nl=False)
+    else:
+        terminal.show(terminal.summary(told))
+
+
+@app.command()
+def report(
+    run: RunPath,
+    out: Out = None,
+    format_: Annotated[
+        Format | None, typer.Option("--format", "-f", help="By default what --out ends in, else html.")
+    ] = None,
+) -> None:
+    """Write the report of a run: one self-contained file (by default report.html in the run's directory)."""
+    with _busy("Writing the report"):
+        path = _open(run).report(out, format=format_)
+    typer.echo(path)
+
+
+@app.command()
+def plot(
+    run: RunPath,
+    kinds: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIGURE]...", help="Such as heatmap; all by default.")
+    ] = None,
+    out: Out = None,
+    *,
+    theme: Annotated[Theme, typer.Option(help="Colours.")] = Theme.light,
+    dpi: Annotated[int, typer.Option(min=20, max=1200, help="Dots per inch.")] = 150,
+    suffix: Annotated[str, typer.Option("--type", help="File type: png, svg or pdf.")] = "png",
+) -> None:
+    """Write figures of a run as files: heatmap, timeline, depth_profile, distribution, update_ratio, saturation."""
+    known = ("heatmap", "timeline", "depth_profile", "distribution", "update_ratio", "saturation")
+    if suffix not in ("png", "svg", "pdf"):
+        raise UnknownNameError.among("file type", suffix, ("png", "svg", "pdf"))
+    opened = _open(run)
+    folder = out if out is not None else run / "plots"
+    for kind in kinds or known:
+        if kind not in known:
+            raise UnknownNameError.among("figure", kind, known)
+        with _busy(f"Drawing {kind}"):
+            figure = getattr(opened.plot, kind)(theme=theme)
+            path = _writable(folder) / f"{kind}.{suffix}"
+            figure.savefig(path, dpi=dpi, facecolor=figure.get_facecolor())
+        typer.echo(path)
+
+
+@app.command()
+def tail(
+    run: RunPath,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and end.")] = False,
+) -> None:
+    """Follow a run while it is being written: loss, rate, the worst layers, findings as they come."""
+    from gradwatch.reporters.tail import follow
+
+    follow(_open(run), every=every, once=once)
+
+
+@app.command()
+def serve(
+    root: Annotated[Path, typer.Argument(metavar="RUN_OR_ROOT", help="A run, or a directory with runs below it.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than this machine's own needs a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any free one.")] = 8378,
+    token: Annotated[
+        str | None, typer.Option(envvar="GRADWATCH_TOKEN", help="What a browser must know to be let in.")
+    ] = None,
+) -> None:
+    """Show runs as live pages in the browser; read-only, on this machine alone unless told otherwise."""
+    from gradwatch.reporters.serving import serve as start
+
+    start(root, host=host, port=port, token=token)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more runs; the first is the reference.")],
+    out: Out = None,
+    by: Annotated[By, typer.Option(help="What they are aligned on.")] = By.step,
+    as_json: AsJson = False,
+) -> None:
+    """Hold runs against each other: verdicts, where the first two part, how their layers differ."""
+    from gradwatch.reporters import comparison_page
+    from gradwatch.run import compare as held
+
+    compared = held(runs, by=by)
+    if as_json:
+        typer.echo(comparison_page.to_json(compared), nl=False)
+    else:
+        from gradwatch.reporters import terminal
+
+        terminal.show(terminal.comparison(*comparison_page.run_rows(compared), comparison_page.partings(compared)))
+    if out is not None:
+        typer.echo(compared.report(out), err=as_json)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    what: Annotated[
+        str, typer.Option(help="grad_norms, metrics, parameters, findings, actions, or a statistic.")
+    ] = "grad_norms",
+    out: Out = None,
+    format_: Annotated[
+        TableFormat | None, typer.Option("--format", "-f", help="By default what --out ends in, else csv.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="parameter or layer, for grad_norms.")] = "parameter",
+) -> None:
+    """Write a table of the record as CSV, Parquet or JSON lines, to a file or to standard output."""
+    from gradwatch.reporters.tables import write_table
+
+    path = write_table(_open(run), what, out, format_name=format_, by=by)
+    if path is not None:
+        typer.echo(path)
+
+
+@app.command()
+def check(
+    run: RunPath,
+    rules: Annotated[Path | None, typer.Option(help="TOML file with thresholds, one table per rule.")] = None,
+    fail_on: Annotated[Level, typer.Option(help="The least severity that fails the check.")] = Level.warning,
+    as_json: AsJson = False,
+) -> None:
+    """Run the detectors over the record again; exit 1 when a finding at or above --fail-on exists."""
+    from gradwatch.records import SEVERITIES
+    from gradwatch.reporters import terminal
+    from gradwatch.reporters.checking import findings_of
+
+    with _busy("Replaying the record"):
+        found = findings_of(_open(run), rules)
+    failing = [f for f in found if SEVERITIES.index(f.severity) >= SEVERITIES.index(fail_on.value)]
+    if as_json:
+        value = {
+            "run": str(run),
+            "fail_on": fail_on.value,
+            "failed": bool(failing),
+            "findings": [f.to_json() for f in found],
+        }
+        typer.echo(json.dumps(value, indent=2))
+    else:
+        terminal.show(terminal.findings(found, failing=len(failing), level=fail_on.value))
+    raise typer.Exit(FOUND if failing else OK)
+
+
+@app.command(name="list")
+def list_(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Directory with runs below it.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs under a directory: verdict, status, steps, worst finding, last sign of life."""
+    from gradwatch.reporters import terminal
+    from gradwatch.reporters.listing import describe, find_runs
+
+    if not root.is_dir():
+        raise ConfigurationError.of("ROOT", "a directory", str(root))
+    with _busy("Looking for runs"):
+        rows = [describe(path, root) for path in find_runs(root)]
+    if as_json:
+        typer.echo(json.dumps([row.to_json() for row in rows], indent=2))
+    elif rows:
+        terminal.show(terminal.runs(rows))
+    else:
+        typer.echo(f"No run under {root}.")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the three runs.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of the digits.")] = 0,
+) -> None:
+    """Train a small network on real digits three times: healthy, sabotaged, sabotaged and helped. About two minutes."""
+    from rich.progress import Progress
+
+    from gradwatch.demo import run_demo
+    from gradwatch.reporters import terminal
+
+    with Progress(transient=not sys.stdout.isatty()) as progress:
+        outcomes = run_demo(out, progress=progress, seed=seed)
+    rows = [[o.act.title, f"{o.accuracy:.1%}", f"{o.final_loss:.3g}", f"{o.seconds:.0f} s"] for o in outcomes]
+    terminal.show(terminal.grid(["training", "test accuracy", "final loss", "took"], rows))
+    runs = [_open(o.run_dir) for o in outcomes]
+    for opened in runs:
+        terminal.show(terminal.brief(opened.summary()))
+    _reports(runs, out)
+
+
+def _reports(runs: list[Run], out: Path) -> None:
+    from gradwatch.run import compare as held
+
+    with _busy("Writing the reports"):
+        paths = [opened.report() for opened in runs]
+        overview = held(runs).report(out / "comparison.html")
+    for path in paths:
+        typer.echo(f"report: {path}")
+    typer.echo(f"comparison: {overview}")
+
+
+def _open(path: Path) -> Run:
+    from gradwatch.run import load
+
+    return load(path)
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {str(folder)!r}: {error.strerror}") from error
+    return folder
+
+
+def _busy(words: str) -> Any:
+    """A spinner on standard error while something takes long; nothing in a pipe."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(f"{words} …")

@@ -1,0 +1,114 @@
+"""A comparison of runs as HTML, Markdown, JSON, and in a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+from gradwatch.reporters import words
+from gradwatch.reporters.comparison import APART, Comparison, Parting
+from gradwatch.reporters.templating import asset, environment, image, policy
+from gradwatch.reporters.text import escaped, table
+
+MOST_LAYERS = 1000
+
+
+def render(compared: Comparison, format_name: str) -> str:
+    """The comparison in a known format."""
+    return {"html": html, "md": markdown, "json": to_json}[format_name](compared)
+
+
+def html(compared: Comparison) -> str:
+    """One self-contained page without scripts."""
+    alt = f"Loss, global norm and layer norms of {', '.join(map(words.visible, compared.names))}."
+    context: dict[str, Any] = {
+        "css": asset("page.css"), "policy": policy(), "now": time.time(), "c": compared,
+        "rows": run_rows(compared), "partings": partings(compared), "picture": image(compared.plot(), alt),
+        "layers": _layer_rows(compared),
+    }  # fmt: skip
+    return environment().get_template("compare.html").render(context)
+
+
+def card(compared: Comparison) -> str:
+    """The runs side by side, for a notebook."""
+    return (
+        environment()
+        .get_template("compare_card.html")
+        .render(rows=run_rows(compared), partings=partings(compared), c=compared)
+    )
+
+
+def markdown(compared: Comparison) -> str:
+    """The comparison as Markdown."""
+    head, rows = run_rows(compared)
+    parts = ["# Runs compared", table(tuple(head), [tuple(escaped(cell) for cell in row) for row in rows])]
+    parts += [escaped(line) for line in partings(compared)]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_json(compared: Comparison) -> str:
+    """The comparison as JSON."""
+    layers = compared.layers()
+    value = {
+        "runs": [summary.to_json() for summary in compared.summaries],
+        "first_difference": _parting(compared.first_difference()),
+        "first_apart": _parting(compared.first_difference(1 - 1 / APART)),
+        "layers": {
+            str(n): {str(k): v if math.isfinite(v) else None for k, v in row.items()}
+            for n, row in layers.T.to_dict().items()
+        },
+    }
+    return json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
+
+
+def run_rows(compared: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of runs."""
+    head = ["run", "verdict", "headline", "steps", "last loss", "skipped", "clipped", "own cost"]
+    rows = []
+    for name, s in zip(compared.names, compared.summaries, strict=True):
+        n = s.numbers
+        rows.append([
+            words.visible(name), f"{s.verdict.sign} {s.verdict.word}", s.verdict.headline, words.step(n.steps),
+            words.number(n.loss[1]) if n.loss else "–", words.step(n.skipped), words.step(n.clipped),
+            "–" if n.overhead is None else words.percent(n.overhead),
+        ])  # fmt: skip
+    return head, rows
+
+
+def partings(compared: Comparison) -> list[str]:
+    """Where the first two runs part, in words."""
+    first, second = (words.visible(name) for name in compared.names[:2])
+    different, apart = compared.first_difference(), compared.first_difference(1 - 1 / APART)
+    if different is None:
+        return [f"{first} and {second} have the same gradient norms at all their common steps."]
+    said = [f"{first} and {second} first differ at step {words.step(different.step)}, most in {_place(different)}."]
+    if apart is None:
+        return [*said, f"No layer's norms are ever more than a factor {words.number(APART)} apart."]
+    if apart.step == different.step:
+        return said
+    at = f"at step {words.step(apart.step)}, most in {_place(apart)}"
+    return [*said, f"They are first more than a factor {words.number(APART)} apart {at}."]
+
+
+def _place(parting: Parting) -> str:
+    values = " against ".join(words.number(v) for v in parting.values)
+    return f"{words.shorten(parting.layer, 64)} ({values})"
+
+
+def _parting(parting: Parting | None) -> dict[str, Any] | None:
+    if parting is None:
+        return None
+    values = [v if math.isfinite(v) else str(v) for v in parting.values]
+    return {"step": parting.step, "layer": parting.layer, "values": values}
+
+
+def _layer_rows(compared: Comparison) -> tuple[list[str], list[list[str]]]:
+    layers = compared.layers()
+    head = ["layer", *(words.visible(str(name)) for name in layers.columns)]
+    rows = [
+        [words.visible(str(name)), *("–" if math.isnan(v) else words.number(float(v)) for v in row)]
+        for name, row in zip(layers.index, layers.to_numpy(), strict=True)
+    ]
+    return head, rows[:MOST_LAYERS]

@@ -1,0 +1,55 @@
+"""Starts the server of live pages: on this machine alone, or behind a token."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+from pathlib import Path
+
+from gradwatch.errors import ConfigurationError, MissingDependencyError
+
+
+def serve(root: Path, *, host: str = "127.0.0.1", port: int = 8378, token: str | None = None) -> None:
+    """Serve live pages until interrupted.
+
+    Args:
+        root: A run, or a directory with runs below it.
+        host: Address to listen on.
+        port: Port; 0 for any free one.
+        token: What a browser must know; made up where the address can be reached from elsewhere and none is given.
+
+    Raises:
+        ConfigurationError: `root` is no directory, or the address cannot be listened on.
+        MissingDependencyError: The extra `serve` is not installed.
+    """
+    if not root.is_dir():
+        raise ConfigurationError.of("RUN_OR_ROOT", "a directory", str(root))
+    try:
+        import uvicorn
+
+        from gradwatch.reporters.pages import live_app
+    except ImportError as error:
+        raise MissingDependencyError.of(error.name or "starlette", extra="serve") from error
+    needed = token_for(host, token)
+    config = uvicorn.Config(live_app(root, host=host, token=needed), host=host, port=port, log_level="warning")
+    try:
+        socket = config.bind_socket()
+    except SystemExit as error:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: address in use or not this machine's") from error
+    where = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/"
+    print(f"Serving {root} at {where}{f'?token={needed}' if needed else ''} (Ctrl-C ends)", flush=True)  # noqa: T201
+    with socket:
+        uvicorn.Server(config).run(sockets=[socket])
+
+
+def token_for(host: str, token: str | None) -> str | None:
+    """The token that is needed at this address: the given one, a new one where others can reach it, else none."""
+    return token or (None if is_local(host) else secrets.token_urlsafe(24))
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
