@@ -15,40 +15,77 @@ TYPE_CHECKING = False  # what type checkers take for True; importing typing woul
 if TYPE_CHECKING:
     from gradwatch import detectors as detectors
     from gradwatch import errors as errors
+    from gradwatch import keras as keras
+    from gradwatch import testing as testing
+    from gradwatch.actions import AGC as AGC
+    from gradwatch.actions import AutoClip as AutoClip
     from gradwatch.actions import Clip as Clip
     from gradwatch.actions import DecayLR as DecayLR
+    from gradwatch.actions import Reinitialize as Reinitialize
+    from gradwatch.actions import ResetOptimizerState as ResetOptimizerState
+    from gradwatch.actions import Restructure as Restructure
+    from gradwatch.actions import Rollback as Rollback
     from gradwatch.actions import SkipStep as SkipStep
+    from gradwatch.actions import Stop as Stop
+    from gradwatch.actions import ZClip as ZClip
     from gradwatch.errors import GradwatchError as GradwatchError
     from gradwatch.errors import StopTraining as StopTraining
     from gradwatch.preflight import preflight as preflight
     from gradwatch.records import Parameter as Parameter
+    from gradwatch.run import Run as Run
+    from gradwatch.run import compare as compare
+    from gradwatch.run import load as load
     from gradwatch.watch import watch as watch
     from gradwatch.watcher import Watcher as Watcher
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "AGC",
+    "AutoClip",
     "Clip",
     "DecayLR",
     "GradwatchError",
     "Parameter",
+    "Reinitialize",
+    "ResetOptimizerState",
+    "Restructure",
+    "Rollback",
+    "Run",
     "SkipStep",
+    "Stop",
     "StopTraining",
     "Watcher",
+    "ZClip",
+    "compare",
     "detectors",
     "errors",
+    "keras",
+    "load",
     "preflight",
+    "testing",
     "watch",
 ]
 
 #: Public class or function to the module that holds it.
 _HOMES = {
+    "AGC": "gradwatch.actions",
+    "AutoClip": "gradwatch.actions",
     "Clip": "gradwatch.actions",
     "DecayLR": "gradwatch.actions",
     "GradwatchError": "gradwatch.errors",
     "Parameter": "gradwatch.records",
+    "Reinitialize": "gradwatch.actions",
+    "ResetOptimizerState": "gradwatch.actions",
+    "Restructure": "gradwatch.actions",
+    "Rollback": "gradwatch.actions",
+    "Run": "gradwatch.run",
     "SkipStep": "gradwatch.actions",
+    "Stop": "gradwatch.actions",
     "StopTraining": "gradwatch.errors",
     "Watcher": "gradwatch.watcher",
+    "ZClip": "gradwatch.actions",
+    "compare": "gradwatch.run",
+    "load": "gradwatch.run",
     "preflight": "gradwatch.preflight",
     "watch": "gradwatch.watch",
 }
@@ -56,6 +93,8 @@ _HOMES = {
 _MODULES = {
     "detectors": "gradwatch.detectors",
     "errors": "gradwatch.errors",
+    "keras": "gradwatch.keras",
+    "testing": "gradwatch.testing",
 }
 
 

@@ -23,7 +23,8 @@ def test_failure_gives_the_default_and_is_logged_once(caplog: pytest.LogCaptureF
 
 
 def test_failed_part_is_not_called_again() -> None:
-    faults, calls = Faults(), []
+    faults = Faults()
+    calls: list[int] = []
     faults.call("writer", fail, default=None)
 
     faults.call("writer", calls.append, 1, default=None)
