@@ -26,7 +26,7 @@ ROWS = (
     ("run", "settings"),
     ("watcher",),
     ("integrations",),
-    ("watch", "preflight"),
+    ("watch", "preflight", "keras"),
     ("heal", "demo", "testing"),
     ("cli",),
     ("__init__", "__main__"),

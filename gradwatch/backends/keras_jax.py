@@ -1,0 +1,189 @@
+"""The tap in a JAX step: rows leave the compiled step as one more output, controls enter it as one more input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from jax import numpy as jnp
+
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, edited, gather
+from gradwatch.backends.keras_tap import Tap, no_rows, replaced
+from gradwatch.faults import Faults
+from gradwatch.records import Floats
+
+Tensor = Any
+_MOST_IN_FLIGHT = 256  # rows kept on the device while nobody drains, as in train_on_batch after a failed fit
+
+
+class JaxTap(Tap):
+    """See `Tap`; works jitted or not, and with `keras.distribution`.
+
+    Args:
+        rule: See `Tap`.
+        scales_lr: See `Tap`.
+        faults: See `Tap`.
+    """
+
+    entry = "stateless_apply"
+
+    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults) -> None:
+        super().__init__(rule, scales_lr=scales_lr, faults=faults)
+        self._pending: list[Tensor] = []
+        self._factor = np.float32(1.0)
+        self._state: dict[int, list[Any]] = {}
+        # While a step is traced: what it gives out, and what it was given.
+        self._rows: list[Tensor] = []
+        self._traced_factor: Tensor = self._factor
+        self._traced_state: dict[int, list[Tensor]] = {}
+
+    def lr_factor(self) -> Tensor:
+        return self._traced_factor
+
+    def set_lr_factor(self, factor: float) -> None:
+        self._factor = np.float32(factor)
+
+    def reset(self) -> None:
+        self._pending.clear()
+        self.set_lr_factor(1.0)
+        self._state = {number: self.rule.initial_state() for number in self._state}
+
+    def start(self, columns: Any, optimizers: Sequence[Any]) -> None:
+        super().start(columns, optimizers)
+        if self.rule.actions:
+            self._state = {number: self.rule.initial_state() for number in range(len(optimizers))}
+
+    def drain(self, *, lag: bool = False) -> Floats:
+        keep = 1 if lag else 0
+        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+        if not ready:
+            return no_rows(self.width if self.columns is not None else 0)
+        return np.concatenate([np.asarray(rows) for rows in ready])
+
+    def norms(self, grads: Sequence[Tensor]) -> Tensor:
+        return jnp.sqrt(_squares(list(grads))) if grads else jnp.zeros(0)
+
+    def multiply(self, grad: Tensor, scale: Tensor) -> Tensor:
+        return (grad.astype(jnp.float32) * scale).astype(grad.dtype)
+
+    def limit(self, grad: Tensor, limit: Tensor) -> Tensor:
+        return jnp.clip(grad, -limit, limit).astype(grad.dtype)
+
+    @contextmanager
+    def stepping(self, model: keras.Model) -> Iterator[None]:
+        """While this holds, `model.make_train_function` builds a step with our output and input."""
+        step, make = model.train_step, model._make_function
+
+        def train_step(state: Any, packed: Any) -> Any:
+            data, self._traced_factor, traced_state = packed
+            self._rows, self._traced_state = [], dict(traced_state)
+            logs, state = step(state, data)
+            width = self.width + len(EXTRAS)
+            rows = jnp.stack(self._rows) if self._rows else jnp.zeros((0, width), jnp.float32)
+            return (logs, rows, self._traced_state), state
+
+        def make_function(function: Any, concatenate_outputs: bool = False) -> Any:
+            return make(self._host(function), concatenate_outputs)
+
+        with replaced([(model, "train_step", train_step), (model, "_make_function", make_function)]):
+            yield
+
+    def replacements(self, model: Any, optimizers: Sequence[Any]) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+        yield from super().replacements(model, optimizers)
+        update = getattr(model, "_update_metrics_variables", None)
+        if update is None:
+            return
+
+        def note_loss(metrics: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            # The loss is told after the optimizer was called: put it into the rows of this step.
+            place = self.width + EXTRAS.index("loss")
+            self._rows = [row.at[place].set(jnp.asarray(loss, row.dtype)) for row in self._rows]
+            return update(metrics, loss, *args, **kwargs)
+
+        yield model, "_update_metrics_variables", note_loss
+
+    before_step: Callable[[Any], Any] = staticmethod(lambda state: state)
+    after_step: Callable[[Any, Any], None] = staticmethod(lambda state, logs: None)
+
+    def _host(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Round the compiled step, on the host: hands over controls, keeps rows."""
+
+        def step(state: Any, data: Any) -> Any:
+            state = self.before_step(state)
+            (logs, rows, self._state), state = function(state, (data, self._factor, self._state))
+            self._pending.append(rows)
+            del self._pending[:-_MOST_IN_FLIGHT]
+            self.after_step(state, logs)
+            return logs, state
+
+        return step
+
+    def _entry(self, number: int, optimizer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def stateless_apply(optimizer_variables: Any, grads: Any, trainable_variables: Any) -> Any:
+            given = (number, optimizer, optimizer_variables, list(grads), trainable_variables)
+            ours = self.faults.call("keras tap", self._measure, *given, default=None) if self.columns else None
+            if ours is None:
+                return original(optimizer_variables, grads, trainable_variables)
+            new, skip, skipped_variables, applied_variables = ours
+
+            def taken() -> Any:
+                return original(applied_variables, new, trainable_variables)
+
+            if skip is None:
+                return taken()
+            if not isinstance(skip, jax.core.Tracer):
+                return (trainable_variables, skipped_variables) if bool(skip) else taken()
+            return jax.lax.cond(skip, lambda: (list(trainable_variables), list(skipped_variables)), taken)
+
+        return stateless_apply
+
+    def _measure(
+        self, number: int, optimizer: Any, held: Sequence[Tensor], grads: list[Tensor | None], weights: Sequence[Tensor]
+    ) -> Any:
+        assert self.columns is not None
+        values = {id(variable): value for variable, value in zip(optimizer.variables, held, strict=True)}
+
+        def value_of(variable: Any) -> Tensor:
+            return values.get(id(variable), variable)
+
+        gradients = gather(optimizer, grads, optimizer._trainable_variables, self.columns.of, value_of=value_of)
+        with keras.StatelessScope(state_mapping=list(zip(optimizer.variables, held, strict=True))):
+            rate = self.learning_rate(optimizer)
+            lr = rate if isinstance(rate, float) else jnp.asarray(rate.value if hasattr(rate, "value") else rate)
+        state = self._traced_state.get(number, [])
+        current, verdict, skip = self.measure(number, optimizer, gradients, state=state, lr=lr, loss=None)
+        self._rows.append(current)
+        if verdict is None:
+            return grads, None, held, held
+        self._traced_state[number] = verdict.state
+        if not self.rule.acts:
+            return grads, None, held, held
+        new = edited(grads, gradients, verdict, weights=weights, hands=self)
+        return new, skip, *self._emptied(optimizer, held, gradients, verdict)
+
+    @staticmethod
+    def _emptied(optimizer: Any, held: Sequence[Tensor], gradients: Gradients, verdict: Verdict) -> tuple[Any, Any]:
+        """The optimizer's variables after a skipped update, and those to apply an update to."""
+        if gradients.is_update is None:
+            return held, held
+        emptied = {id(accumulator) for accumulator in gradients.accumulators}
+        applied = [
+            jnp.where(gradients.is_update, 0, value).astype(value.dtype) if id(variable) in emptied else value
+            for variable, value in zip(optimizer.variables, held, strict=True)
+        ]
+        base = base_of(optimizer)
+        skipped = [
+            value - (base.gradient_accumulation_steps - 1) if variable is base._iterations else value
+            for variable, value in zip(optimizer.variables, applied, strict=True)
+        ]
+        return skipped, applied
+
+
+@jax.jit
+def _squares(grads: list[Tensor]) -> Tensor:
+    flat = [jnp.ravel(grad).astype(jnp.float32) for grad in grads]
+    return jnp.stack([jnp.vdot(one, one) for one in flat])

@@ -1,0 +1,208 @@
+"""The watcher of a Keras model: turns rows that left the step, and what is known on the host, into steps of the record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from gradwatch.actions.base import BetweenStepsAction, Due
+from gradwatch.actions.policy import Policy
+from gradwatch.backends.keras_model import Columns
+from gradwatch.backends.keras_rule import EXTRAS, Rule
+from gradwatch.provenance import _versions as versions_of
+from gradwatch.records import NOT_MEASURED, Floats, RunInfo
+from gradwatch.watcher import Watcher
+
+_OPTIMIZER, _LR, _LOSS, _COEFFICIENT, _SKIP, _IS_UPDATE = range(len(EXTRAS))
+
+
+@dataclass
+class Call:
+    """One run of the compiled train function, as the host saw it.
+
+    Args:
+        started: Unix time.
+        epoch: Number of the epoch; None outside of `fit`.
+        batch: Number of the first batch in the epoch.
+        lr_factor: gradwatch's factor on the learning rate.
+        ended: Unix time.
+        logs: What the train function returned; scalars of the framework, not yet read.
+        changes: Gives norms of weights and of their changes, each of shape (p,); None when not sampled.
+    """
+
+    started: float
+    epoch: int | None
+    batch: int
+    lr_factor: float
+    ended: float = 0.0
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    changes: Callable[[], tuple[Floats, Floats]] | None = None
+
+
+@dataclass
+class _Row:
+    call: Call
+    norms: npt.NDArray[np.float32]
+    metrics: dict[str, float]
+    skip_reason: int = 0
+    stepped: set[int] = field(default_factory=set)
+    statistics: dict[str, Floats] = field(default_factory=dict)
+
+
+class KerasWatcher(Watcher):
+    """Watches a Keras model; fed by `gradwatch.keras.GradWatch` or by the hooks of `gradwatch.watch`.
+
+    Args:
+        columns: The variables to train.
+        settings: Keyword arguments of `gradwatch.settings.Settings`.
+    """
+
+    def __init__(self, columns: Columns, **settings: Any) -> None:
+        self._calls: deque[Call] = deque()
+        self._pending: list[_Row] = []
+        self._rows_per_call = 1
+        super().__init__(columns.parameters, framework="keras", **settings)
+
+    @property
+    def decides_between_steps(self) -> bool:
+        """Whether the monitor's verdict may change the training."""
+        return bool(self._policy.between)
+
+    @property
+    def lr_factor(self) -> float:
+        """gradwatch's factor on the learning rate, as applied."""
+        return 1.0 if self.settings.dry_run else self._policy.state.lr_factor
+
+    @property
+    def rows_per_call(self) -> int:
+        """Rows that one call of the train function writes, as far as seen."""
+        return self._rows_per_call
+
+    @property
+    def calls_waiting(self) -> int:
+        """Calls whose rows were not taken yet."""
+        return len(self._calls)
+
+    def began(self, *, epoch: int | None, batch: int) -> Call:
+        """A train function is about to run."""
+        return Call(time.time(), epoch, batch, self.lr_factor)
+
+    def ran(self, call: Call, logs: Any) -> None:
+        """It ran; its rows may still be on the device."""
+        call.ended = time.time()
+        call.logs = logs if isinstance(logs, Mapping) else {}
+        self._calls.append(call)
+
+    def take(self, rows: Floats, *, calls: int | None = None) -> None:
+        """Take rows from the device.
+
+        Args:
+            rows: Shape (k, p + len(EXTRAS)), in order.
+            calls: The calls that wrote them, of those that ran; by default all.
+        """
+        calls = len(self._calls) if calls is None else min(calls, len(self._calls))
+        if not calls:
+            return
+        done = [self._calls.popleft() for _ in range(calls)]
+        self._rows_per_call = max(self._rows_per_call, -(-len(rows) // calls))
+        owner = [min(i // self._rows_per_call, calls - 1) for i in range(len(rows))]
+        found: dict[int, list[_Row]] = {}
+        for place, values in zip(owner, rows, strict=True):
+            self._add(done[place], values, found.setdefault(place, []))
+        for place, new in found.items():
+            self._complete(done[place], new)
+            self._pending += new
+
+    def _add(self, call: Call, values: npt.NDArray[np.float32], rows: list[_Row]) -> None:
+        norms, extras = values[: -len(EXTRAS)], values[-len(EXTRAS) :]
+        if not extras[_IS_UPDATE]:
+            return
+        number = int(extras[_OPTIMIZER])
+        if not rows or number in rows[-1].stepped:
+            rows.append(_Row(call, np.full(len(norms), NOT_MEASURED, np.float32), {"lr_factor": call.lr_factor}))
+        row = rows[-1]
+        row.norms = np.where(norms == np.float32(NOT_MEASURED), row.norms, norms)
+        row.metrics["lr" if not row.stepped else f"lr.{number}"] = float(extras[_LR])
+        if extras[_LOSS] != NOT_MEASURED:
+            row.metrics.setdefault("loss", float(extras[_LOSS]))
+        coefficient = float(extras[_COEFFICIENT])
+        row.metrics["clip_coefficient"] = min(coefficient, row.metrics.get("clip_coefficient", math.inf))
+        row.skip_reason = max(row.skip_reason, int(extras[_SKIP]))
+        row.stepped.add(number)
+
+    def _complete(self, call: Call, rows: list[_Row]) -> None:
+        """Add what the host knows of a call to its rows."""
+        for i, row in enumerate(rows):
+            row.metrics["time"] = call.started + (call.ended - call.started) * (i + 1) / len(rows)
+            if call.epoch is not None:
+                row.metrics["epoch"] = float(call.epoch)
+                row.metrics["batch"] = float(call.batch + i)
+        if not rows:
+            return
+        for name, value in call.logs.items():
+            rows[-1].metrics.setdefault(name, _scalar(value))
+        if call.changes is not None:
+            weight_norm, change = call.changes()
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = np.where(weight_norm > 0, change / weight_norm, np.float32(NOT_MEASURED))
+            rows[-1].statistics = {"weight_norm": weight_norm, "update_ratio": ratio}
+
+    def epoch_ended(self, logs: Mapping[str, Any]) -> None:
+        """Validation metrics belong to the newest step."""
+        found = {name: _scalar(value) for name, value in logs.items() if name.startswith("val_")}
+        if self._pending:
+            self._pending[-1].metrics.update(found)
+        else:
+            self._logged.update(found)
+
+    def settle(self) -> list[Due]:
+        """Close the steps whose rows were taken; what is due before the next step."""
+        rows, self._pending = self._pending, []
+        due = []
+        for row in rows:
+            found = self._close_row(row.norms, row.metrics, statistics=row.statistics, skip_reason=row.skip_reason)
+            if found is not None:
+                self.note_applied(found, ahead=len(rows) - 1 + len(self._calls) * self._rows_per_call)
+                due.append(found)
+        return due
+
+    def note_applied(self, due: Due, *, ahead: int) -> None:
+        """Record an action that takes effect `ahead` steps after those closed so far."""
+        self.monitor.acted(due, self._next_step + ahead)
+
+    def log(self, **numbers: Any) -> None:
+        """See `Watcher.log`."""
+        super().log(**numbers)
+
+    def _info(self) -> RunInfo:
+        info = super()._info()
+        backend = keras.backend.backend()
+        versions = {**info.versions, **versions_of(backend)}
+        return dataclasses.replace(info, versions=versions, config={**info.config, "backend": backend})
+
+
+def rule_of(policy: Policy) -> Rule:
+    """The in-step actions of a policy."""
+    return Rule(policy.in_step, dry_run=policy.dry_run)
+
+
+def scales_lr(actions: Sequence[BetweenStepsAction]) -> bool:
+    """Whether one of these may scale the learning rate."""
+    return any(action.name in ("DecayLR", "Rollback") for action in actions)
+
+
+def _scalar(value: Any) -> float:
+    try:
+        number = float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError):
+        return NOT_MEASURED
+    return math.nan if number == NOT_MEASURED else number

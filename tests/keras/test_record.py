@@ -1,0 +1,106 @@
+"""What the record of a `fit` says, against automatic differentiation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from gradwatch.keras import GradWatch
+from gradwatch.reader import RunReader
+from tests.keras.training import (
+    BACKEND,
+    EXACT,
+    batches,
+    data,
+    dense,
+    difference,
+    fit,
+    metrics,
+    recorded,
+    reference,
+    relative_error,
+)
+
+JIT = [False, True]
+
+
+@pytest.mark.parametrize("jit", JIT)
+def test_norms_equal_those_of_automatic_differentiation(tmp_path: Path, *, jit: bool) -> None:
+    x, y = data()
+    fit(dense(jit_compile=jit), x, y, GradWatch(run_dir=tmp_path / "run"))
+    assert relative_error(recorded(tmp_path / "run"), reference(dense(), batches(x, y, epochs=2))) < EXACT
+
+
+@pytest.mark.parametrize("jit", JIT)
+def test_watching_leaves_the_weights_bit_identical(tmp_path: Path, *, jit: bool) -> None:
+    x, y = data()
+    plain, watched = dense(jit_compile=jit), dense(jit_compile=jit)
+    fit(plain, x, y)
+    fit(watched, x, y, GradWatch(run_dir=tmp_path / "run"))
+    assert difference(plain, watched) == 0.0
+
+
+def test_norms_of_an_eager_training(tmp_path: Path) -> None:
+    x, y = data()
+    fit(dense(run_eagerly=True), x, y, GradWatch(run_dir=tmp_path / "run"))
+    assert relative_error(recorded(tmp_path / "run"), reference(dense(), batches(x, y, epochs=2))) < EXACT
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no steps_per_execution on PyTorch")
+def test_every_step_of_an_execution_of_three_is_recorded(tmp_path: Path) -> None:
+    x, y = data(46)
+    fit(dense(steps_per_execution=3), x, y, GradWatch(run_dir=tmp_path / "run"))
+    assert relative_error(recorded(tmp_path / "run"), reference(dense(), batches(x, y, epochs=2))) < EXACT
+    table = metrics(tmp_path / "run")
+    assert table["batch"].tolist() == [*range(12)] * 2
+
+
+def _sgd(**kwargs: object) -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(0.05, momentum=0.9, **kwargs)
+
+
+OPTIMIZERS = {
+    "clipnorm": lambda: _sgd(clipnorm=0.1),
+    "global_clipnorm": lambda: _sgd(global_clipnorm=0.1),
+    "clipvalue": lambda: _sgd(clipvalue=0.01),
+    "ema": lambda: _sgd(use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=2),
+    "loss_scale_factor": lambda: _sgd(loss_scale_factor=128.0),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_norms_are_those_before_what_the_optimizer_does(tmp_path: Path, name: str) -> None:
+    x, y = data()
+    plain = dense(optimizer=OPTIMIZERS[name]())
+    watched = fit(dense(optimizer=OPTIMIZERS[name]()), x, y, GradWatch(run_dir=tmp_path / "run"))
+    expected = reference(dense(optimizer=OPTIMIZERS[name]()), batches(x, y, epochs=2))
+    assert relative_error(recorded(tmp_path / "run"), expected) < EXACT
+    assert difference(fit(plain, x, y), watched) == 0.0
+
+
+def test_loss_rate_epoch_and_metrics_are_in_the_record(tmp_path: Path) -> None:
+    x, y = data(8)
+    model = dense(optimizer=OPTIMIZERS["schedule"](), metrics=["mae"])
+    history = model.fit(
+        x, y, batch_size=4, epochs=2, shuffle=False, verbose=0, validation_data=(x, y),
+        callbacks=[GradWatch(run_dir=tmp_path / "run")],
+    )  # fmt: skip
+    table = metrics(tmp_path / "run")
+    assert table["epoch"].tolist() == [0, 0, 1, 1]
+    assert table["batch"].tolist() == [0, 1, 0, 1]
+    assert table["lr"].to_numpy() == pytest.approx(0.1 * 0.5 ** (np.arange(4) / 2), rel=1e-6)
+    assert table["loss"].groupby(table["epoch"]).mean().to_numpy() == pytest.approx(history.history["loss"], rel=1e-5)
+    assert table["mae"].iloc[[1, 3]].to_numpy() == pytest.approx(history.history["mae"], rel=1e-6)
+    assert table["val_loss"].iloc[[1, 3]].to_numpy() == pytest.approx(history.history["val_loss"], rel=1e-6)
+
+
+def test_the_record_names_the_backend(tmp_path: Path) -> None:
+    fit(dense(), *data(4), GradWatch(run_dir=tmp_path / "run"))
+    info = RunReader(tmp_path / "run").info
+    assert (info.framework, info.config["backend"], info.status) == ("keras", BACKEND, "finished")
+    assert {"keras", BACKEND} <= set(info.versions)

@@ -1,0 +1,118 @@
+"""Small trainings, and what automatic differentiation of the framework itself says of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from gradwatch.reader import RunReader
+
+BACKEND = keras.backend.backend()
+EXACT = 1e-6
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def data(n: int = 22, *, inputs: int = 6, outputs: int = 2) -> Batch:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(n, inputs)).astype("float32"), rng.normal(size=(n, outputs)).astype("float32")
+
+
+def dense(**kwargs: Any) -> keras.Model:
+    """A model of two layers, always with the same weights."""
+    layers = keras.layers
+    with_seed = [keras.initializers.GlorotUniform(seed=seed) for seed in (1, 2)]
+    inputs = keras.Input((6,))
+    hidden = layers.Dense(8, activation="tanh", kernel_initializer=with_seed[0], name="hidden")(inputs)
+    outputs = layers.Dense(2, kernel_initializer=with_seed[1], name="out", dtype="float32")(hidden)
+    model = keras.Model(inputs, outputs)
+    model.compile(**{"optimizer": keras.optimizers.Adam(0.01), "loss": "mse", "jit_compile": False, **kwargs})
+    return model
+
+
+def batches(x: Any, y: Any, size: int = 4, *, epochs: int = 1) -> Iterator[Batch]:
+    for _ in range(epochs):
+        for start in range(0, len(x), size):
+            yield x[start : start + size], y[start : start + size]
+
+
+def gradients(model: keras.Model, x: Any, y: Any) -> list[np.ndarray | None]:
+    """The gradient of the model's loss, one array per trainable variable; None for none."""
+    grads = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}[BACKEND](model, x, y)
+    return [None if grad is None else np.asarray(grad, np.float64) for grad in grads]
+
+
+def _tensorflow(model: keras.Model, x: Any, y: Any) -> list[Any]:
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+    grads = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
+    return [None if grad is None else tf.convert_to_tensor(grad).numpy() for grad in grads]
+
+
+def _torch(model: keras.Model, x: Any, y: Any) -> list[Any]:
+    model.zero_grad()
+    loss = model.compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=model(x, training=True))
+    loss.backward()
+    grads = [variable.value.grad for variable in model.trainable_variables]
+    return [None if grad is None else grad.detach().float().numpy().copy() for grad in grads]
+
+
+def _jax(model: keras.Model, x: Any, y: Any) -> list[Any]:
+    import jax
+
+    variables = model.trainable_variables
+
+    def loss(values: list[Any]) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+
+    return jax.grad(loss)([variable.value for variable in variables])
+
+
+def norms(grads: list[np.ndarray | None]) -> list[float]:
+    return [np.nan if grad is None else float(np.sqrt(np.sum(np.square(grad)))) for grad in grads]
+
+
+def reference(model: keras.Model, steps: Iterator[Batch]) -> np.ndarray:
+    """Norms before each step of a training by `train_on_batch`; shape (steps, trainable variables)."""
+    found = []
+    for x, y in steps:
+        found.append(norms(gradients(model, x, y)))
+        model.train_on_batch(x, y)
+    return np.array(found)
+
+
+def recorded(run_dir: Path) -> np.ndarray:
+    """The norms in the record, shape (steps, columns), NaN where none was measured."""
+    return RunReader(run_dir).grad_norms().to_numpy(np.float64)
+
+
+def metrics(run_dir: Path) -> Any:
+    return RunReader(run_dir).metrics()
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest error relative to the reference, or to a thousandth of the largest norm where that is more."""
+    assert found.shape == expected.shape
+    assert np.array_equal(np.isnan(found), np.isnan(expected))
+    scale = np.maximum(np.abs(expected), 1e-3 * np.nanmax(np.abs(expected)))
+    return float(np.nanmax(np.abs(found - expected) / scale))
+
+
+def difference(one: keras.Model, other: keras.Model) -> float:
+    """Largest difference of their weights."""
+    pairs = zip(one.get_weights(), other.get_weights(), strict=True)
+    return max(float(np.max(np.abs(a.astype(np.float64) - b))) if a.size else 0.0 for a, b in pairs)
+
+
+def fit(model: keras.Model, x: Any, y: Any, *callbacks: Any, **kwargs: Any) -> keras.Model:
+    model.fit(x, y, **{"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0, **kwargs}, callbacks=[*callbacks])
+    return model
+
+
+Make = Callable[..., keras.Model]
