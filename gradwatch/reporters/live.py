@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,12 +37,9 @@ class Live:
 
     def start(self) -> Self:
         """Show the verdict now and renew it from here on."""
-        try:
-            from IPython.display import HTML, display  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            raise MissingDependencyError("'IPython' is not installed: run.live() is for notebooks") from None
+        display = _notebook()
         if self._thread is None:
-            self._shown = display(HTML(self._html()), display_id=True)
+            self._shown = display.display(display.HTML(self._html()), display_id=True)
             self._thread = threading.Thread(target=self._renew, name="gradwatch-live", daemon=True)
             self._thread.start()
         return self
@@ -65,8 +63,7 @@ class Live:
         self.start()
 
     def _renew(self) -> None:
-        from IPython.display import HTML
-
+        display = _notebook()
         while True:
             last = self._enough.wait(self._every)
             try:
@@ -75,7 +72,7 @@ class Live:
             except GradwatchError:
                 continue
             if self._shown is not None:
-                self._shown.update(HTML(html))
+                self._shown.update(display.HTML(html))
             if last or self._run.info.status != "running":
                 return
 
@@ -84,3 +81,11 @@ class Live:
         from gradwatch.reporters.summary import summarize
 
         return summary_card(summarize(self._run))
+
+
+def _notebook() -> Any:
+    """`IPython.display`, which is there in every notebook."""
+    try:
+        return importlib.import_module("IPython.display")
+    except ImportError:
+        raise MissingDependencyError("'IPython' is not installed: run.live() is for notebooks") from None

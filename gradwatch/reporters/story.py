@@ -11,6 +11,8 @@ from gradwatch.records import RULES, SEVERITIES, ActionRecord, Finding, RunInfo,
 from gradwatch.reporters import words
 
 Kind = Literal["start", "finding", "resolved", "action", "mark", "end", "crash"]
+#: Rules that look at the loss: they say that something is wrong, not where.
+SYMPTOMS = frozenset({"divergence", "plateau", "oscillation", "stall"})
 _RANK = {severity: i for i, severity in enumerate(SEVERITIES)}
 _RULE_ORDER = {rule: i for i, rule in enumerate(RULES)}
 
@@ -135,7 +137,7 @@ class Trouble:
 
     Args:
         root: The chapter in which it began.
-        followed: Later chapters of the same gravity that joined on, in order of time.
+        followed: Other chapters of the same gravity that joined on, in order of time.
     """
 
     root: Chapter
@@ -145,6 +147,11 @@ class Trouble:
     def is_open(self) -> bool:
         """Whether any of it still holds: an explosion that ended because everything is NaN is not over."""
         return any(c.is_open for c in (self.root, *self.followed))
+
+    @property
+    def severity(self) -> Severity:
+        """The gravest of its chapters' severities."""
+        return max((c.severity for c in (self.root, *self.followed)), key=_RANK.__getitem__)
 
     @property
     def over_at(self) -> int | None:
@@ -178,7 +185,16 @@ def trouble(all_chapters: Sequence[Chapter], *, gap: int = 20) -> Trouble | None
         if chapter.first_step <= until + gap:
             followed.append(chapter)
             until = max(until, _reach(chapter))
-    return Trouble(same[start], tuple(followed))
+    seat = _seat(same[start], grave, gap)
+    return Trouble(seat, tuple(c for c in (same[start], *followed) if c is not seat))
+
+
+def _seat(first: Chapter, grave: Sequence[Chapter], gap: int) -> Chapter:
+    """Where the trouble sits: a loss that goes wrong is a symptom of gradients that go wrong about the same time."""
+    if first.rule not in SYMPTOMS:
+        return first
+    near = [c for c in grave if c.rule not in SYMPTOMS and abs(c.first_step - first.first_step) <= gap]
+    return min(near, key=lambda c: _by_time(c.findings[0]), default=first)
 
 
 def _reach(chapter: Chapter) -> float:
@@ -223,7 +239,8 @@ def _told(chapter: Chapter, n_layers: int) -> Event:
     title = " ".join(filter(None, (words.phrase(chapter.rule), chapter.where(n_layers))))
     if len(chapter.findings) > 1 and not chapter.is_open and chapter.rule == "spike":
         title += f", {len(chapter.findings):,d} times up to step {words.step(chapter.last_step)}"
-    text = " ".join(filter(None, (words.visible(chapter.lead.message), words.visible(chapter.lead.cause))))
+    cause = words.visible(chapter.lead.cause).rstrip(".")
+    text = " ".join(filter(None, (words.visible(chapter.lead.message), f"Likely cause: {cause}." if cause else "")))
     return Event(chapter.first_step, "finding", title, chapter.severity, text, chapter.layers)
 
 

@@ -105,7 +105,7 @@ def judge(
         ("What followed", _followed(trouble)),
         ("Where", _where(info, trouble.root)),
         ("Since when", _since(trouble)),
-        ("Why", words.visible(trouble.root.lead.cause) or "The cause is not known."),
+        ("Why", words.sentence(words.visible(trouble.root.lead.cause)) or "The cause is not known."),
         ("What was done", _done(actions, numbers)),
         ("Did it help", _helped(actions, trouble)),
         ("What to do now", _next(info, trouble)),
@@ -127,10 +127,16 @@ def _state(info: RunInfo, trouble: Trouble | None, numbers: Numbers) -> State:
     if not numbers.steps:
         return "empty"
     if trouble is None:
-        return "unjudged" if info.config.get("detectors") in ([], {}, ()) else "healthy"
+        return "unjudged" if _detectors_were_off(info) else "healthy"
     if not trouble.is_open:
         return "recovered"
-    return "sick" if trouble.root.severity == "critical" else "warning"
+    return "sick" if trouble.severity == "critical" else "warning"
+
+
+def _detectors_were_off(info: RunInfo) -> bool:
+    config = info.config.get("detectors")
+    detectors = config.get("detectors") if isinstance(config, dict) else config
+    return detectors is not None and len(detectors) == 0
 
 
 def _headline(state: State, info: RunInfo, trouble: Trouble | None, numbers: Numbers) -> str:
@@ -163,8 +169,11 @@ def _first(chapters: Sequence[Chapter], root: Chapter) -> str:
 
 
 def _followed(trouble: Trouble) -> str:
-    told = [f"{words.phrase(c.rule)} {c.when()}." for c in trouble.followed if c.rule != trouble.root.rule]
-    return " ".join(told[:3]) + (f" And {words.plural(len(told) - 3, 'more finding')}." if len(told) > 3 else "")
+    told: dict[str, str] = {}
+    for chapter in trouble.followed:
+        if chapter.rule != trouble.root.rule and chapter.first_step >= trouble.root.first_step:
+            told.setdefault(chapter.rule, f"{words.phrase(chapter.rule)} {chapter.when()}.")
+    return " ".join(told.values())
 
 
 def _since(trouble: Trouble) -> str:
@@ -227,8 +236,8 @@ def _helped(actions: Sequence[ActionRecord], trouble: Trouble) -> str:
 
 
 def _next(info: RunInfo, trouble: Trouble) -> str:
-    advice = [words.visible(a).rstrip(".") for a in trouble.root.lead.advice[:2]]
-    said = ". Or: ".join(advice) + "." if advice else ""
+    advice = [words.sentence(words.visible(a)) for a in trouble.root.lead.advice[:2]]
+    said = " Or: ".join([advice[0], *(words.lower_first(a) for a in advice[1:])]) if advice else ""
     if trouble.is_open or info.status == "crashed":
         return said or "Look at the layers and steps named here."
     return f"Nothing at once. To keep it from coming back: {words.lower_first(said)}" if said else "Nothing at once."

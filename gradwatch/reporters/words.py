@@ -201,3 +201,14 @@ def upper_first(text: str) -> str:
         'Helped; over at step 12 in LSTM'
     """
     return text[:1].upper() + text[1:]
+
+
+def sentence(text: str) -> str:
+    """The text as a sentence; nothing for nothing.
+
+    Examples:
+        >>> sentence("learning rate too high"), sentence("")
+        ('Learning rate too high.', '')
+    """
+    text = text.strip()
+    return upper_first(text) + ("" if text.endswith((".", "!", "?")) else ".") if text else ""
