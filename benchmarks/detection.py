@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.casework import report
 from benchmarks.casework.case import Case
-from benchmarks.casework.recording import record_all
+from benchmarks.casework.recording import RECORDER_VARIABLE, RECORDERS, record_all
 from benchmarks.casework.replaying import replay_all
 from benchmarks.casework.scoring import measure, score_rules, score_runs
 from benchmarks.casework.suites import CASES_VARIABLE, all_cases, half
@@ -27,6 +27,8 @@ from benchmarks.casework.suites import CASES_VARIABLE, all_cases, half
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record what is missing, replay, score, print, save."""
     options = _options(arguments)
+    if options.recorder:
+        os.environ[RECORDER_VARIABLE] = options.recorder
     if options.cases:
         os.environ[CASES_VARIABLE] = str(options.cases)
     console = Console(width=None if Console().is_terminal else 150)
@@ -69,6 +71,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--cases", type=Path, help="another directory of specifications")
     add("--only", nargs="+", metavar="WORD", help="only cases whose id contains one of these; nothing is saved")
     add("--list-misses", action="store_true", help="every miss and false alarm with its evidence")
+    add("--recorder", choices=tuple(RECORDERS), help="gradwatch itself, or the plain recorder it can be held against")
     add("--framework", choices=("torch",), default="torch", help="in which the runs are trained")
     return parser.parse_args(arguments)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.casework import data, losses
+from benchmarks.casework import data, fingerprint, losses, networks
 from benchmarks.casework.case import Case, Losses, Outcome, Training
 from benchmarks.casework.networks import CharacterModel, sequential
 from benchmarks.casework.outcome import judge
@@ -44,9 +44,14 @@ def case_of(spec: Spec) -> Case:
         classes=(label["class"], *label.get("also_accept", ())),
         build=functools.partial(build, spec),
         judge=functools.partial(_judge, spec),
-        fingerprint=hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest(),
+        fingerprint=json.dumps([trained, _code()], sort_keys=True),
         cost=_cost(spec),
     )
+
+
+@functools.cache
+def _code() -> str:
+    return fingerprint.of_modules(data, losses, networks, sys.modules[__name__])
 
 
 def build(spec: Spec, seed: int) -> Training:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.casework.case import Case, Outcome
-from benchmarks.casework.recording import load, outcome_of, record
+from benchmarks.casework.recording import load, record
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine
 from gradwatch.records import Finding, StepBatch
@@ -74,12 +74,11 @@ def _alarm(finding: Finding, raised: int, end: int) -> Alarm:
 
 def replay(case: Case, seed: int, detectors: Any = "default") -> Result:
     """Record the run if need be, and listen to it."""
-    path = record(case, seed)
-    batch, facts = load(path)
+    found = load(record(case, seed))
     started = time.process_time()
-    alarms, findings = listen(batch, detectors)
+    alarms, findings = listen(found.batch, detectors)
     seconds = time.process_time() - started
-    return Result(case.id, case.suite, seed, outcome_of(case, seed, path), alarms, findings, seconds, facts)
+    return Result(case.id, case.suite, seed, case.judge(found.losses, seed), alarms, findings, seconds, found.facts)
 
 
 def replay_all(cases: Sequence[Case], seeds: Iterable[int], *, jobs: int = 1) -> list[Result]:

@@ -103,9 +103,11 @@ def test_a_saved_record_comes_back_as_it_was(tmp_path: Path) -> None:
         metrics={"loss": np.array([1.0, 0.5, np.nan])},
         statistics={"weight_norm": Samples(np.array([0, 2]), np.array([[1.0], [2.0]], np.float32))},
     )
-    recording.save(tmp_path / "run.npz", batch, {"id": "x", "seed": 1})
-    again, facts = recording.load(tmp_path / "run.npz")
-    assert (again.parameters, facts) == (batch.parameters, {"id": "x", "seed": 1})
+    recording.save(tmp_path / "run.npz", batch, np.array([1.0, 0.5, np.nan]), {"id": "x", "seed": 1})
+    found = recording.load(tmp_path / "run.npz")
+    again = found.batch
+    assert (again.parameters, found.facts) == (batch.parameters, {"id": "x", "seed": 1})
+    np.testing.assert_array_equal(found.losses, [1.0, 0.5, np.nan])
     np.testing.assert_array_equal(again.grad_norm, batch.grad_norm)
     np.testing.assert_array_equal(again.statistics["weight_norm"].rows, [0, 2])
     np.testing.assert_array_equal(again.metrics["loss"], batch.metrics["loss"])

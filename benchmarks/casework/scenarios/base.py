@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import inspect
 import math
-import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -16,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.casework import fingerprint
 from benchmarks.casework.case import Case, Losses, Outcome, Training
 from benchmarks.casework.outcome import BLOW_UP, STUCK
 
@@ -88,26 +85,11 @@ def _register(
         suite="scenarios",
         tier="core",
         build=build,
-        fingerprint=_fingerprint(function, arguments),
+        fingerprint=fingerprint.of_function(function, arguments),
         cost=2.0,
         **label,
     )
     return function
-
-
-def _fingerprint(function: Scenario, arguments: dict[str, Any]) -> str:
-    """A hash of the function's code, comments and docstring apart, and its arguments."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    assert isinstance(tree, ast.FunctionDef)
-    tree.decorator_list = []
-    tree.body = [
-        node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    ]
-    return hashlib.sha256((ast.dump(tree) + repr(sorted(arguments.items()))).encode()).hexdigest()
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _judge_healthy(losses: Losses, seed: int, *, learns: float) -> Outcome:
