@@ -24,12 +24,10 @@ class BackwardEnd:
         self._parameters, self._on_end = parameters, on_end
         self._handles: dict[int, Any] = {}
         self._graph_task = -1
-        self.arrivals: list[int] = []
-        self._is_learning = True
+        self._arrivals: list[int] = []
+        self._passes: dict[tuple[int, int], list[int]] = {}
+        self._suspects: set[int] = set()
         self.add(range(len(parameters)))
-
-    def __contains__(self, place: int) -> bool:
-        return place in self._handles
 
     def add(self, places: Iterable[int]) -> None:
         """Put hooks on more parameters."""
@@ -38,16 +36,23 @@ class BackwardEnd:
             if place not in self._handles and parameter.requires_grad and parameter.is_leaf:
                 self._handles[place] = parameter.register_post_accumulate_grad_hook(self._hook(place))
 
-    def learned(self) -> list[int]:
-        """The places in order of arrival in the first pass; ends the learning."""
-        self._is_learning = False
-        return self.arrivals
+    def suspect(self, places: Iterable[int]) -> None:
+        """These gradients changed without a pass that we saw: put hooks on them until one is seen."""
+        places = list(places)
+        self.add(places)
+        self._suspects.update(place for place in places if place in self._handles)
+
+    @property
+    def arrivals(self) -> list[int]:
+        """The places in order of arrival, of the pass that reached the most parameters."""
+        return max(self._passes.values(), key=len, default=[])
 
     def thin(self) -> None:
-        """Keep only the hooks of the first and the last to arrive: enough for a loop that runs the same pass each step."""
-        if self.arrivals:
-            for place in set(self._handles) - {self.arrivals[0], self.arrivals[-1]}:
-                self._handles.pop(place).remove()
+        """Keep only the hooks of the first and the last to arrive in each kind of pass that was seen."""
+        if not self._passes or self._suspects or len(self._handles) <= 2:
+            return
+        for place in set(self._handles) - {end for ends in self._passes for end in ends}:
+            self._handles.pop(place).remove()
 
     def remove(self) -> None:
         """Take all hooks away."""
@@ -57,14 +62,33 @@ class BackwardEnd:
 
     def _hook(self, place: int) -> Callable[[Tensor], None]:
         def arrived(_: Tensor) -> None:
-            if self._is_learning:
-                self.arrivals.append(place)
             task = torch._C._current_graph_task_id()
             if task != self._graph_task:
                 self._graph_task = task
-                torch.autograd.Variable._execution_engine.queue_callback(self._on_end)  # type: ignore[attr-defined]
+                self._arrivals = []
+                if task != -1:
+                    _queue(self._queue_end)
+            self._arrivals.append(place)
 
         return arrived
+
+    def _queue_end(self) -> None:
+        # Queued again from the end of the pass, to come behind those of DistributedDataParallel and FSDP, which reduce
+        # gradients in callbacks of their own.
+        _queue(self._end)
+
+    def _end(self) -> None:
+        arrivals = self._arrivals
+        ends = (arrivals[0], arrivals[-1])
+        if len(arrivals) > len(self._passes.get(ends, ())):
+            self._passes[ends] = arrivals
+        if self._suspects:
+            self._suspects.difference_update(arrivals)
+        self._on_end()
+
+
+def _queue(callback: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def in_backward() -> bool:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter, is_
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gradwatch.backends.torch_norms import CpuNorms, device_norms, exact_norm
+from gradwatch.backends import torch_device
+from gradwatch.backends.torch_device import DeviceNorms
+from gradwatch.backends.torch_norms import CpuNorms
 from gradwatch.records import NOT_MEASURED
+
+#: Plans kept, one for each set of parameters that had a gradient.
+_MOST_PLANS = 32
+
+_GRAD, _VERSION = attrgetter("grad"), attrgetter("_version")
+Grads = list[Tensor | None]
 
 
 @dataclass
@@ -19,40 +29,78 @@ class Measurement:
     """Norms at one moment, and what tells whether the gradients are still the same.
 
     Args:
-        norms: float32, shape (p,); `NOT_MEASURED` without gradient. Divided by `scale` they are the true ones.
-        grads: The gradient tensors, by place.
-        versions: Their version counters, which every change in place raises.
-        scale: The loss scale that the gradients carried.
+        norms: float32, shape (p,), numpy or, of gradients on an accelerator, a tensor there; `NOT_MEASURED`
+            without gradient.
+        grads: The p gradients, None without.
+        versions: Their version counters, which every change in place raises; 0 without gradient.
     """
 
-    norms: npt.NDArray[np.float32]
-    grads: dict[int, Tensor] = field(default_factory=dict)
-    versions: dict[int, int] = field(default_factory=dict)
-    scale: float = 1.0
+    norms: Any
+    grads: Grads
+    versions: list[int]
 
-    def changed(self, places: Sequence[int], parameters: Sequence[nn.Parameter]) -> list[int]:
+    def changed(self, held: Held) -> list[int]:
         """The places whose gradient is another one than was measured, or was changed in place."""
-        grads, versions = self.grads, self.versions
+        then, versions = held.of(self.grads), held.of(self.versions)
+        now: Grads = list(map(_GRAD, held.parameters))
+        if all(map(is_, now, then)) and _versions(now) == versions:
+            return []
         return [
             place
-            for place in places
-            if (grad := parameters[place].grad) is not grads.get(place)
-            or (grad is not None and grad._version != versions[place])
+            for place, new, old, version in zip(held.places, now, then, versions, strict=True)
+            if new is not old or (new is not None and new._version != version)
         ]
 
-    def accept_changes(self) -> None:
+    def accept_changes(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the gradients as they are now for the measured ones: the change is known."""
-        self.versions = {place: grad._version for place, grad in self.grads.items()}
+        now: Grads = list(map(_GRAD, parameters))
+        self.grads = [None if old is None else new for old, new in zip(self.grads, now, strict=False)]
+        self.versions = _versions(self.grads)
 
-    def forget(self, places: Sequence[int]) -> None:
+    def forget(self, held: Held) -> None:
         """Let go of gradients that have been used."""
-        for place in places:
-            self.grads.pop(place, None)
+        if held.is_all:
+            self.grads = [None] * len(self.grads)
+        else:
+            for place in held.places:
+                self.grads[place] = None
 
-    def true_norms(self, places: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-        """Norms at these places without the loss scale."""
-        norms = self.norms[places]
-        return norms if self.scale == 1.0 else norms / np.float32(self.scale)
+
+class Held:
+    """The parameters that one optimizer holds.
+
+    Args:
+        parameters: Group by group.
+        places: Their columns.
+        count: Number p of all columns.
+        number: The optimizer's number, in order of appearance.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], places: list[int], count: int, *, number: int) -> None:
+        self.parameters, self.places, self.number = parameters, places, number
+        self._count = count
+        self.is_all = places == list(range(count))
+        self.index = np.array(places, np.intp)
+        self._device_index: Tensor | None = None
+
+    def of(self, every: list[Any]) -> list[Any]:
+        """The items of a list of all p that belong to these parameters."""
+        return every if self.is_all else [every[place] for place in self.places]
+
+    def part(self, every: Any) -> Any:
+        """The entries of an array or tensor of shape (p,) that belong to these parameters."""
+        if self.is_all and len(every) == len(self.places):
+            return every
+        if isinstance(every, np.ndarray):
+            return every[self.index]
+        if self._device_index is None or self._device_index.device != every.device:
+            self._device_index = torch.as_tensor(self.index).to(every.device)
+        return every.index_select(0, self._device_index)
+
+    def is_current(self, parameters: list[nn.Parameter], count: int) -> bool:
+        """Whether the optimizer still holds the same, and there are still as many columns."""
+        same = count == self._count and len(parameters) == len(self.parameters)
+        return same and all(map(is_, parameters, self.parameters))
 
 
 class Gradients:
@@ -64,39 +112,55 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self._planned: dict[int, tuple[list[int], CpuNorms]] = {}
+        self._plans: dict[tuple[int, ...] | None, CpuNorms | DeviceNorms] = {}
+
+    def add(self, parameter: nn.Parameter) -> None:
+        """Take one parameter more, which becomes the last column."""
+        self.parameters.append(parameter)
+        self._plans.clear()
 
     @torch.no_grad()
-    def measure(self, places: Sequence[int]) -> Measurement:
-        """Norms of the gradients at these places; the gradients are not touched."""
-        parameters = self.parameters
-        grads = {place: grad for place in places if (grad := parameters[place].grad) is not None}
-        norms = np.full(len(parameters), NOT_MEASURED, np.float32)
-        if grads:
-            present = list(grads)
-            norms[present] = self._norms(present, list(grads.values()))
-            for place in np.flatnonzero(np.isposinf(norms)):
-                norms[place] = exact_norm(grads[int(place)])
-        return Measurement(norms, grads, {place: grad._version for place, grad in grads.items()})
-
-    def _norms(self, places: list[int], grads: list[Tensor]) -> npt.NDArray[np.float32]:
-        if any(grad.device.type != "cpu" for grad in grads):
-            return _norms_by_device(grads)
-        key = hash(tuple(places))
-        planned = self._planned.get(key)
-        if planned is None or planned[0] != places:
-            self._planned[key] = planned = (places, CpuNorms(grads))
+    def measure(self, held: Held | None = None) -> Measurement:
+        """Norms of the gradients of these parameters, of all by default; the gradients are not touched."""
+        if held is None or held.is_all:
+            grads: Grads = list(map(_GRAD, self.parameters))
+        else:
+            grads = [None] * len(self.parameters)
+            for place, parameter in zip(held.places, held.parameters, strict=True):
+                grads[place] = parameter.grad
         try:
-            return planned[1](grads)
-        except RuntimeError:
-            # A gradient changed its layout or shape (a sparse one became dense): plan again.
-            self._planned[key] = planned = (places, CpuNorms(grads))
-            return planned[1](grads)
+            versions = list(map(_VERSION, grads))
+        except AttributeError:  # of a None
+            versions = _versions(grads)
+            present = [grad is not None for grad in grads]
+            places = tuple(compress(range(len(grads)), present))
+            return Measurement(self._norms(list(compress(grads, present)), places), grads, versions)
+        return Measurement(self._norms(grads, None), grads, versions)
+
+    def _norms(self, grads: list[Any], places: tuple[int, ...] | None) -> Any:
+        """Norms at all places, of gradients that stand at these (None: all)."""
+        if not grads:
+            return np.full(len(self.parameters), NOT_MEASURED, np.float32)
+        plan = self._plans.get(places)
+        try:
+            found = (plan or self._planned(grads, places))(grads)
+        except (RuntimeError, TypeError):
+            # A gradient changed its layout, shape or device (a sparse one became dense): plan again.
+            found = self._planned(grads, places)(grads)
+        if places is None or isinstance(found, Tensor):
+            return found
+        norms = np.full(len(self.parameters), NOT_MEASURED, np.float32)
+        norms[list(places)] = found
+        return norms
+
+    def _planned(self, grads: list[Tensor], places: tuple[int, ...] | None) -> CpuNorms | DeviceNorms:
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        on_host = all(grad.device.type in torch_device.HOST for grad in grads)
+        plan = CpuNorms(grads) if on_host else DeviceNorms(grads, places, len(self.parameters))
+        self._plans[places] = plan
+        return plan
 
 
-def _norms_by_device(grads: list[Tensor]) -> npt.NDArray[np.float32]:
-    norms = np.empty(len(grads), np.float32)
-    for device in {grad.device for grad in grads}:
-        places = [i for i, grad in enumerate(grads) if grad.device == device]
-        norms[places] = device_norms([grads[i] for i in places]).cpu().numpy()
-    return norms
+def _versions(grads: Sequence[Tensor | None]) -> list[int]:
+    return [0 if grad is None else grad._version for grad in grads]

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from gradwatch.backends.torch_graph import Uses
 from gradwatch.errors import ModelError
 from gradwatch.records import Parameter
 
@@ -43,7 +44,9 @@ def describe(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[list[Pa
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if is_lazy(parameter):
-            raise ModelError(f"parameter {name!r} is not initialised yet: run one batch through the model before watch()")
+            raise ModelError(
+                f"parameter {name!r} is not initialised yet: run one batch through the model before watch()"
+            )
         named.setdefault(id(parameter), parameter)
         names.setdefault(id(parameter), []).append(clean_name(name, prefix))
     if not named:
@@ -136,3 +139,30 @@ def by_execution(parameters: Sequence[Parameter], backward_order: Iterable[int])
         position[layer] = (current, order)
     depth = {layer: place for place, layer in enumerate(sorted(position, key=position.__getitem__))}
     return [dataclasses.replace(p, depth=depth[p.layer]) for p in parameters]
+
+
+def with_uses(parameters: Sequence[Parameter], uses: Uses) -> list[Parameter]:
+    """The parameters with what the autograd graph tells: depths by order of first use, activations in functional form.
+
+    Args:
+        parameters: As described so far; what modules told of activations stays.
+        uses: Of the parameters by place, as `torch_graph.read_graph` gives them.
+    """
+    first: dict[str, int] = {}
+    activation: dict[str, str] = {}
+    for place, use in uses.items():
+        layer = parameters[place].layer
+        first[layer] = min(use.order, first.get(layer, use.order))
+        if use.activation:
+            activation.setdefault(layer, use.activation)
+    latest_first = sorted(uses, key=lambda place: -first[parameters[place].layer])
+    ordered = by_execution(parameters, latest_first)
+    return [dataclasses.replace(p, activation=p.activation or activation.get(p.layer, "")) for p in ordered]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, or a part of it, went through `torch.compile`."""
+    return any(
+        name.endswith("_orig_mod") or "_orig_mod." in name or getattr(module, "_compiled_call_impl", None) is not None
+        for name, module in model.named_modules()
+    )

@@ -1,14 +1,17 @@
 """Norms of many tensors at once, in float32 or better, with few kernels and without touching them.
 
-Two traps decide the shape of this file. On CPU a kernel per tensor costs more than its arithmetic, so small tensors of
-one shape are stacked. And torch's CPU norm adds up float32 squares in a few long lanes (relative error 4e-5 at two million
-elements, 3e-3 at forty million), so long tensors are cut into rows, whose norms are added up in float64.
+Three traps decide the shape of this file. On CPU a kernel per tensor costs more than its arithmetic, so small tensors
+of one shape are stacked. Torch's CPU norm adds up float32 squares in a few long lanes (relative error 4e-5 at two
+million elements, 3e-3 at forty million), so long tensors are cut into rows, whose norms are added up in float64. And
+squares of float32 overflow above 1.8e19 and vanish below 1e-23, so such norms are taken again in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,22 +20,26 @@ from torch import Tensor
 
 #: Longest run of squares that is added up in float32: the error stays near 1e-7.
 ROW = 1024
-#: Tensors up to this many elements are stacked with others of their shape; copying larger ones costs more than a kernel.
+#: Tensors up to this many elements are stacked with others of their shape; copying larger ones costs more than a
+#: kernel.
 STACK_LIMIT = 8192
 #: Stacking fewer than this many tensors gains nothing.
 STACK_MINIMUM = 4
+#: Below this the float32 squares of a tensor have lost digits.
+TINY = 1e-17
 
 
 @dataclass(frozen=True)
 class _Stack:
     """Small tensors of one shape and type: one copy, one kernel."""
 
-    places: list[int]
+    pick: Callable[[Sequence[Tensor]], Any]
     row: int
 
-    def partial_norms(self, tensors: Sequence[Tensor]) -> Tensor:
-        together = torch.stack([tensors[i] for i in self.places])
-        return torch.linalg.vector_norm(together.view(-1, self.row), dim=1, dtype=torch.float32)
+    def norms(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        together = torch.stack(self.pick(tensors)).view(-1, self.row)
+        norms: Tensor = torch.linalg.vector_norm(together, dim=1, dtype=dtype)
+        return norms
 
 
 class CpuNorms:
@@ -43,47 +50,72 @@ class CpuNorms:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._stacks: list[_Stack] = []
+        self._short: list[int] = []
+        self._long: list[int] = []
         by_kind: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-        self._single: list[int] = []
         for i, tensor in enumerate(tensors):
-            if _stackable(tensor):
+            if _is_plain(tensor) and 0 < tensor.numel() <= STACK_LIMIT and _row_length(tensor.numel()):
                 by_kind.setdefault((tensor.shape, tensor.dtype), []).append(i)
             else:
-                self._single.append(i)
-        self._stacks: list[_Stack] = []
+                self._long.append(i)
+        order: list[int] = []
+        counts: list[int] = []
         for (shape, _), places in by_kind.items():
             if len(places) >= STACK_MINIMUM:
-                self._stacks.append(_Stack(places, _row_length(shape.numel())))
+                row = _row_length(shape.numel())
+                self._stacks.append(_Stack(itemgetter(*places), row))
+                order += places
+                counts += [shape.numel() // row] * len(places)
             else:
-                self._single.extend(places)
-        order = [i for stack in self._stacks for i in stack.places] + self._single
-        self._places: npt.NDArray[np.intp] = np.array(order, dtype=np.intp)
+                (self._short if shape.numel() <= ROW else self._long).extend(places)
+        self._places: npt.NDArray[np.intp] = np.array([*order, *self._short, *self._long], dtype=np.intp)
+        self._counts = counts + [1] * len(self._short)
+        self._starts = _starts(self._counts) if not self._long else None
+        self._zeros: bytes = b""
 
     def __call__(self, tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
         """Norms in the order of the tensors, float32, shape (number of tensors,)."""
-        parts: list[Tensor] = []
-        counts: list[int] = []
-        for stack in self._stacks:
-            parts.append(stack.partial_norms(tensors))
-            counts.extend([len(parts[-1]) // len(stack.places)] * len(stack.places))
-        for i in self._single:
-            pieces = _partial_norms(tensors[i])
-            parts.extend(pieces)
-            counts.append(sum(map(len, pieces)))
-        norms = np.zeros(len(tensors), np.float32)
+        norms = self._measure(tensors, torch.float32)
+        if not (norms.max(initial=0.0) < np.inf and norms.min(initial=1.0) >= TINY):
+            norms = self._second_look(norms, tensors)
+        with np.errstate(over="ignore"):
+            return norms.astype(np.float32)
+
+    def _second_look(self, norms: npt.NDArray[np.float64], tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
+        """Norms that float32 squares cannot be trusted for, from float64 ones."""
+        weak, huge, zero = norms < TINY, np.isposinf(norms), norms == 0.0
+        # What is exactly zero step after step is looked at twice only once.
+        if huge.any() or (weak & ~zero).any() or zero.tobytes() != self._zeros:
+            norms = np.where(weak | huge, self._measure(tensors, torch.float64), norms)
+            self._zeros = np.equal(norms, 0.0).tobytes()
+        return norms
+
+    def _measure(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> npt.NDArray[np.float64]:
+        parts = [stack.norms(tensors, dtype) for stack in self._stacks]
+        if self._short:
+            parts.append(torch.stack(torch._foreach_norm([tensors[i] for i in self._short], 2, dtype=dtype)))
+        starts = self._starts
+        if starts is None:
+            counts = list(self._counts)
+            for i in self._long:
+                pieces = _row_norms(tensors[i], dtype)
+                parts += pieces
+                counts.append(sum(map(len, pieces)))
+            starts = _starts(counts)
+        norms = np.zeros(len(tensors))
         if parts:
-            partial = torch.cat(parts).numpy()
-            starts = np.cumsum(counts) - counts
-            with np.errstate(over="ignore", invalid="ignore"):
-                squares = np.square(partial, dtype=np.float64)
-                norms[self._places] = np.sqrt(np.add.reduceat(squares, starts))
+            partial = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+            if len(partial) > len(starts):
+                norms[self._places] = np.sqrt(np.add.reduceat(np.square(partial, dtype=np.float64), starts))
+            else:
+                norms[self._places] = partial
         return norms
 
 
-def device_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norms of tensors of one accelerator, left there: float32, shape (number of tensors,)."""
-    dense = [values(tensor) for tensor in tensors]
-    return torch.stack(torch._foreach_norm(dense, 2, dtype=torch.float32))
+def tensor_norms(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+    """L2 norms of CPU tensors that are measured once, float32, shape (number of tensors,)."""
+    return CpuNorms(tensors)(tensors)
 
 
 def values(tensor: Tensor) -> Tensor:
@@ -95,15 +127,22 @@ def values(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def exact_norm(tensor: Tensor) -> float:
-    """L2 norm in float64, for tensors whose squares overflow float32."""
-    return float(torch.linalg.vector_norm(values(tensor), dtype=torch.float64))
+def flat(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor as a vector in the order of memory, so that nothing is copied where it can be avoided."""
+    tensor = values(tensor)
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.permute(order).reshape(-1)
 
 
-def _stackable(tensor: Tensor) -> bool:
-    if tensor.layout is not torch.strided or not 0 < tensor.numel() <= STACK_LIMIT or tensor.is_complex():
-        return False
-    return tensor.dtype is not torch.float64 and _row_length(tensor.numel()) > 0
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_complex() and tensor.dtype is not torch.float64
+
+
+def _starts(counts: list[int]) -> npt.NDArray[np.intp]:
+    ends = np.cumsum(counts, dtype=np.intp)
+    return ends - np.array(counts, dtype=np.intp)
 
 
 def _row_length(size: int) -> int:
@@ -114,14 +153,16 @@ def _row_length(size: int) -> int:
     return row if row >= 64 else 0
 
 
-def _partial_norms(tensor: Tensor) -> list[Tensor]:
+def _row_norms(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Norms of rows of the tensor, and of what is left over; at least one number."""
-    flat = values(tensor).reshape(-1)
-    dtype = torch.float64 if flat.dtype is torch.float64 else torch.float32
-    if len(flat) <= ROW:
-        return [torch.linalg.vector_norm(flat, dtype=dtype).view(1)]
-    whole = len(flat) // ROW * ROW
-    parts = [torch.linalg.vector_norm(flat[:whole].view(-1, ROW), dim=1, dtype=dtype)]
-    if whole < len(flat):
-        parts.append(torch.linalg.vector_norm(flat[whole:], dtype=dtype).view(1))
-    return parts
+    if tensor.dtype in (torch.float64, torch.complex128):
+        dtype = torch.float64
+    line = flat(tensor)
+    size = line.numel()
+    if size <= ROW:
+        return [torch.linalg.vector_norm(line, dtype=dtype).view(1)]
+    rest = size % ROW
+    if not rest:
+        return [torch.linalg.vector_norm(line.view(-1, ROW), dim=1, dtype=dtype)]
+    rows = torch.linalg.vector_norm(line[: size - rest].view(-1, ROW), dim=1, dtype=dtype)
+    return [rows, torch.linalg.vector_norm(line[size - rest :], dtype=dtype).view(1)]

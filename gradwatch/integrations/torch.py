@@ -1,65 +1,48 @@
 """`gradwatch.watch` for PyTorch: where in the user's loop we are called.
 
-Gradients are measured at the end of backward, before anything can clip them: hooks on the few parameters whose gradients
-arrive first and last queue one callback that autograd runs when the backward pass is over. The optimizer's own step hooks
-tell which optimizer steps, when, and with which learning rate. A gradient that changed in between was clipped or unscaled;
-the taps say by what. No hook sits on a module, so compiled, pickled, copied and in-place models work as ever.
+Gradients are measured at the end of backward, before anything can clip them: hooks on the few parameters whose
+gradients arrive first and last queue one callback that autograd runs when the backward pass is over. The step hooks of
+the optimizers tell which one steps, when, and with which learning rate. A gradient that changed in between was clipped
+or unscaled; the taps say by what. No hook sits on a module: compiled, pickled, copied and in-place models work as ever.
 
-A row of the record is opened by an optimizer's step and closed when the same optimizer is about to step again, so that
-`watcher.log(loss=loss)` behind `optimizer.step()` belongs to the step before it, and two optimizers of a GAN share a row.
+A row of the record is opened by a step of an optimizer and closed when the same optimizer is about to step again, so
+that `watcher.log(loss=loss)` behind `optimizer.step()` belongs to that step, and the optimizers of a GAN share a row.
+Numbers of an accelerator are not waited for: such a row is recorded `LAG` rows later, by when they have arrived.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.actions.base import Due
-from gradwatch.backends import torch_taps
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
-from gradwatch.backends.torch_gradients import Gradients, Measurement
-from gradwatch.backends.torch_model import by_execution, describe, held_by, outsider
-from gradwatch.backends.torch_statistics import Updates, gradient_statistics
-from gradwatch.backends.torch_step import ScaledLR, Skip, clip_values, scale_gradients
+from gradwatch.backends.torch_gradients import Gradients, Held
+from gradwatch.backends.torch_graph import Uses, read_graph
+from gradwatch.backends.torch_model import by_execution, describe, held_by, is_compiled, outsider, with_uses
+from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Updates, update_statistics
+from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
-from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Floats
-from gradwatch.watcher import Watcher, global_norm, number
+from gradwatch.integrations.torch_attach import attach, unwrapped
+from gradwatch.integrations.torch_in_step import InStep
+from gradwatch.integrations.torch_pending import Pending, Reading, host_or_copy
+from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested
+from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES
+from gradwatch.watcher import Watcher, number
 
-_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
+#: Rows that are closed before one whose numbers come from an accelerator: fixed, so that runs act at the same steps.
+LAG = 2
 _MOST_RATES = 8  # learning rates recorded: optimizers, and groups of one
-
-
-@dataclass
-class _Row:
-    """The step in progress."""
-
-    norms: npt.NDArray[np.float32]
-    metrics: dict[str, float] = field(default_factory=dict)
-    statistics: dict[str, Floats] = field(default_factory=dict)
-    stepped: set[int] = field(default_factory=set)
-    stage: str = "pre_clip"
-    skip_reason: str = ""
-    is_sampled: bool = False
-
-
-@dataclass
-class _Step:
-    """One optimizer's step in progress: what must be undone and finished when it is over."""
-
-    places: list[int]
-    closure_runs: int = 0
-    has_closure: bool = False
-    undo: list[Callable[[], None]] = field(default_factory=list)
-    updates: Updates | None = None
 
 
 class TorchWatcher(Watcher):
@@ -77,232 +60,204 @@ class TorchWatcher(Watcher):
     ) -> None:
         described, tensors = describe(model, optimizers)
         super().__init__(described, framework="torch", **settings)
-        self._gradients = Gradients(tensors)
         self._place = {id(tensor): place for place, tensor in enumerate(tensors)}
-        self._held: dict[int, tuple[int, list[int]]] = {}
-        self._pending: Measurement | None = None
-        self._clipped = 1.0
-        self._row: _Row | None = None
-        self._steps: dict[int, _Step] = {}
-        self._in_step_state = {action.name: action.initial_state() for action in self._policy.in_step}
-        self._scaler_stepped = False
-        self._is_compiled = _is_compiled(model)
-        self._is_first_backward = True
-        self._changes_unseen = False
-        self._backward_since_step = False
-        self._logged_next: dict[str, float] = {}
-        self._backward = BackwardEnd(self._gradients.parameters, self._guarded(self._after_backward))
-        self._handles: list[Any] = []
-        self._attach(optimizers, loss_fn)
+        self._gradients = Gradients(tensors)
+        self._backward = BackwardEnd(self._gradients.parameters, self.hook(self._after_backward))
+        self._pending = Pending(self._gradients, self._backward)
+        self._held: weakref.WeakKeyDictionary[Optimizer, Held] = weakref.WeakKeyDictionary()
+        self._row: Row | None = None
+        self._steps: dict[int, Step] = {}
+        self._in_flight: deque[Row] = deque()
+        self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
+        self._logbook = Logbook()
+        self._is_compiled = is_compiled(model)
+        self._uses: Uses | None = None
+        self._frozen = [place for place, parameter in enumerate(described) if not parameter.trainable]
+        self._is_first_row = True
+        self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
+        self._detach = attach(self, optimizers, loss_fn)
 
-    def _attach(self, optimizers: Sequence[Optimizer], loss_fn: nn.Module | None) -> None:
-        if optimizers:
-            for optimizer in optimizers:
-                self._handles.append(optimizer.register_step_pre_hook(self._guarded(self._before_step)))
-                self._handles.append(optimizer.register_step_post_hook(self._guarded(self._after_step)))
-        else:
-            hooks = torch.optim.optimizer
-            self._handles.append(hooks.register_optimizer_step_pre_hook(self._guarded(self._before_step)))
-            self._handles.append(hooks.register_optimizer_step_post_hook(self._guarded(self._after_step)))
-        if loss_fn is not None:
-            self._handles.append(loss_fn.register_forward_hook(_LossHook(self)))
-        torch_taps.listen(self)
-
-    def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
+    def hook(self, function: Callable[..., None]) -> Callable[..., None]:
         """A hook whose failures stay ours, and whose time is counted."""
+        return partial(self.safely, function)
 
-        def hook(*args: Any) -> None:
-            started = time.perf_counter()
+    def safely(self, function: Callable[..., None], *args: Any) -> None:
+        """Call what may not raise into the training."""
+        started = time.perf_counter()
+        with np.errstate(all="ignore"):
             self.faults.call("torch hooks", function, *args, default=None)
-            self._hook_seconds += time.perf_counter() - started
-
-        return hook
+        if self.faults.counts and not self.faults.is_on("torch hooks"):
+            self._undo_all()
+            self._pending.clear()
+        self._hook_seconds += time.perf_counter() - started
 
     def _after_backward(self) -> None:
-        """The gradients of this backward pass are complete; the last pass before a step counts."""
-        if self._is_first_backward:
-            self._is_first_backward = False
-            arrivals = self._backward.learned()
-            if not self._is_compiled:  # a compiled backward hands over its gradients in no telling order
-                self._redescribe(by_execution(self._parameters, arrivals))
-        self._clipped = 1.0
-        self._backward_since_step = True
-        running = next((step for step in self._steps.values() if step.has_closure), None)
-        if running is None:
-            self._pending = self._gradients.measure(range(len(self._gradients.parameters)))
+        """The gradients of this backward pass are complete."""
+        self._backward_since_step = not self._stepped_in_backward
+        self._stepped_in_backward = False
+        self._pending.measure()
+        running = self._running_closure()
+        if running is not None and self._row is not None:
+            # The first evaluation is the gradient of the step; others are a line search.
+            running.evaluations += 1
+            is_first = running.evaluations == 1
+            reading = self._pending.read(running.optimizer, running.held, sample=self._row.is_sampled and is_first)
+            self._use(running, self._row, reading, is_recorded=is_first)
+
+    def _running_closure(self) -> Step | None:
+        return next((step for step in self._steps.values() if step.has_closure), None)
+
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An optimizer is about to step."""
+        self.has_stepped = True
+        held = self._held_by(optimizer)
+        if held is None:
             return
-        # Inside a step with a closure, the first evaluation is the gradient of the step; others are a line search.
-        running.closure_runs += 1
-        if running.closure_runs == 1 and self._row is not None:
-            self._take_gradients(running, self._gradients.measure(running.places), 1.0)
-
-    def _places_of(self, optimizer: Optimizer) -> list[int]:
-        """Places of the parameters an optimizer holds now; new ones become new columns."""
-        held = held_by(optimizer)
-        known = self._held.get(id(optimizer))
-        if known is not None and known[0] == len(held):
-            return known[1]
-        new = [parameter for parameter in held if id(parameter) not in self._place]
-        if new and known is None and not any(id(parameter) in self._place for parameter in held):
-            return []
-        for parameter in new:
-            self._add_parameter(parameter)
-        places = [self._place[id(parameter)] for parameter in held]
-        self._held[id(optimizer)] = (len(held), places)
-        return places
-
-    def _add_parameter(self, parameter: nn.Parameter) -> None:
-        place = len(self._gradients.parameters)
-        self._place[id(parameter)] = place
-        self._gradients.parameters.append(parameter)
-        if self._row is not None:
-            self._row.norms = np.append(self._row.norms, np.float32(NOT_MEASURED))
-        self._gain(outsider(f"added.{place}", parameter, depth=1 + max(p.depth for p in self._parameters)))
-        self._backward.add([place])
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._scaler_stepped = True
-        places = self._places_of(optimizer)
-        if not places:
-            return
-        key = id(optimizer)
-        self._undo(key)
-        row = self._begin(key, optimizer)
-        self._backward_since_step = False
-        step = _Step(places, has_closure=len(args) > 1 or kwargs.get("closure") is not None)
+        if (key := id(optimizer)) in self._steps:
+            if is_nested(optimizer):
+                self._steps[key].nested += 1
+                return
+            self._undo(key)  # of a step that raised
+        row = self._row_of(optimizer, held)
+        self._stepped_in_backward = in_backward()
+        step = Step(optimizer, held, has_closure=len(args) > 1 or kwargs.get("closure") is not None)
         self._steps[key] = step
         if self._policy.state.lr_factor != 1.0 and not self.settings.dry_run:
             step.undo.append(ScaledLR(optimizer, self._policy.state.lr_factor).undo)
         if row.is_sampled:
-            step.updates = Updates(places, [self._gradients.parameters[place] for place in places])
-        if not step.has_closure:
-            measurement, coefficient = self._current(optimizer, places, row)
-            self._take_gradients(step, measurement, coefficient)
+            turn = row.number // self.settings.stats_every
+            step.updates = self.faults.call(
+                "statistics", Updates, held.places, held.parameters, turn=turn, default=None
+            )
+        if step.has_closure:
+            step.counters = KeptCounters(optimizer) if self._in_step.can_skip else None
+        else:
+            self._use(step, row, self._pending.read(optimizer, held, sample=row.is_sampled), is_recorded=True)
 
-    def _begin(self, key: int, optimizer: Optimizer) -> _Row:
+    def _held_by(self, optimizer: Optimizer) -> Held | None:
+        """What an optimizer holds now, when that is ours; new parameters become new columns."""
+        parameters, known = held_by(optimizer), self._held.get(optimizer)
+        count = len(self._gradients.parameters)
+        if known is not None and known.is_current(parameters, count):
+            return known if known.places else None
+        if known is None and not any(id(parameter) in self._place for parameter in parameters):
+            parameters = []  # of another model
+        for parameter in parameters:
+            if id(parameter) not in self._place:
+                self._add_parameter(parameter)
+        number = len(self._held) if known is None else known.number
+        places = [self._place[id(parameter)] for parameter in parameters]
+        held = Held(held_by(optimizer), places, len(self._gradients.parameters), number=number)
+        self._held[optimizer] = held
+        return held if places else None
+
+    def _add_parameter(self, parameter: nn.Parameter) -> None:
+        place = len(self._gradients.parameters)
+        self._place[id(parameter)] = place
+        self._gradients.add(parameter)
+        self._pending.grow()
+        self._backward.add([place])
+        if self._row is not None:
+            self._row.widen(place + 1)
+        self._gain(outsider(f"added.{place}", parameter, depth=1 + max(p.depth for p in self._parameters)))
+
+    def _row_of(self, optimizer: Optimizer, held: Held) -> Row:
         """The row that this optimizer's step belongs to; closes the one before when it has its step already."""
-        if self._row is not None and key in self._row.stepped:
-            self._finish_row()
-            self._logged, self._logged_next = self._logged_next, {}
+        if self._row is not None and held.number in self._row.stepped:
+            self._close_open_row()
+        self._backward_since_step = False
+        self._logbook.stepping()
         if self._row is None:
-            self._row = _Row(
+            number = self._next_step + len(self._in_flight)
+            self._row = Row(
+                number,
                 np.full(len(self._gradients.parameters), NOT_MEASURED, np.float32),
                 {"time": time.time()},
-                is_sampled=self._next_step % self.settings.stats_every == 0,
+                is_sampled=number % self.settings.stats_every == 0,
             )
-        self._row.stepped.add(key)
-        number = list(self._held).index(key)
-        for place, group in enumerate(optimizer.param_groups[:_MOST_RATES]):
-            if number < _MOST_RATES and "lr" in group:
-                self._row.metrics["lr" if number == place == 0 else f"lr.{number}.{place}"] = float(group["lr"])
+        self._row.stepped.add(held.number)
+        if held.number < _MOST_RATES:
+            for place, group in enumerate(optimizer.param_groups[:_MOST_RATES]):
+                name = "lr" if held.number == place == 0 else f"lr.{held.number}.{place}"
+                if "lr" in group:
+                    self._row.put_metric(name, host_or_copy(group["lr"]))
         return self._row
 
-    def _current(self, optimizer: Optimizer, places: list[int], row: _Row) -> tuple[Measurement, float]:
-        """The norms before clipping, and what the user's loop multiplied the gradients by since."""
-        pending, parameters = self._pending, self._gradients.parameters
-        scale = getattr(optimizer, "grad_scale", None)
-        if pending is None or not any(place in pending.grads for place in places):
-            measurement = self._gradients.measure(places)
-            self._backward.add([] if in_backward() else measurement.grads)
-            self._apply_scale(measurement, scale)
-            return measurement, 1.0
-        changed = pending.changed(places, parameters)
-        if unseen := [place for place in changed if place not in self._backward]:
-            # Perhaps a backward pass that none of our hooks saw: from now on they sit here too.
-            self._backward.add(unseen)
-            row.stage = "post_clip"
-            measurement = self._gradients.measure(places)
-            self._apply_scale(measurement, scale)
-            return measurement, 1.0
-        self._apply_scale(pending, scale)
-        if scale is not None or not (changed or self._changes_unseen or row.is_sampled):
-            return pending, self._clipped
-        coefficient = self._ratio(pending, places)
-        # `p.grad.data.clamp_()` leaves no trace in the version: once it was found out, look at every step.
-        self._changes_unseen = self._changes_unseen or (not changed and abs(coefficient - self._clipped) > 1e-4)
-        if not (changed or self._changes_unseen) and self._steps_seen == 0:
-            self._backward.thin()
-        return pending, coefficient if changed or self._changes_unseen else self._clipped
+    def _use(self, step: Step, row: Row, reading: Reading, *, is_recorded: bool) -> None:
+        """Put the gradients that an optimizer is about to use into the row, and run the in-step actions."""
+        found_inf = host_or_copy(getattr(step.optimizer, "found_inf", 0.0))
+        coefficient: Any = 1.0
+        if self._in_step:
+            coefficient = self.faults.call("in-step actions", self._in_step.act, step, row, reading, default=1.0)
+        if is_recorded:
+            self._put_reading(row, step.held, reading, coefficient)
+            row.put_skip(found_inf, 0.0, reason="grad_scaler")
 
-    def _ratio(self, pending: Measurement, places: list[int]) -> float:
-        """By how much the gradients were scaled since they were measured, whoever did it."""
-        now = global_norm(self._gradients.measure(places).norms[places])
-        before = global_norm(pending.true_norms(np.array(places)))
-        return now / before if 0 < before < math.inf and math.isfinite(now) else 1.0
+    def _put_reading(self, row: Row, held: Held, reading: Reading, coefficient: Any = 1.0) -> None:
+        row.put_norms(held, reading.norms)
+        row.put_coefficient(reading.coefficient * coefficient)
+        if reading.stage != "pre_clip":
+            row.stage = reading.stage
+        if reading.extremes is not None:
+            row.put_statistics(GRADIENT_STATISTICS, held.places, reading.extremes)
 
-    @staticmethod
-    def _apply_scale(measurement: Measurement, scale: Tensor | None) -> None:
-        if scale is not None:
-            measurement.scale = float(scale)
-
-    def _take_gradients(self, step: _Step, measurement: Measurement, coefficient: float) -> None:
-        """Put the norms into the row and run the in-step actions."""
-        row = self._row
-        assert row is not None
-        places = np.array(step.places)
-        norms = measurement.true_norms(places)
-        row.norms[places] = norms
-        if row.is_sampled or not np.isfinite(norms[norms != NOT_MEASURED]).all():
-            grads = {place: measurement.grads[place] for place in step.places if place in measurement.grads}
-            self._merge(gradient_statistics(grads, len(row.norms), scale=measurement.scale))
-        coefficient *= self._act_in_step(step, norms * np.float32(coefficient))
-        row.metrics["clip_coefficient"] = min(coefficient, row.metrics.get("clip_coefficient", math.inf))
-
-    def _act_in_step(self, step: _Step, norms: npt.NDArray[np.float32]) -> float:
-        """Skip or scale as the in-step actions decide; returns the factor on the global norm."""
-        row = self._row
-        assert row is not None
-        parameters = [self._gradients.parameters[place] for place in step.places]
-        present = norms != NOT_MEASURED
-        used = np.where(present, norms, 0.0).astype(np.float64)
-        before = float(np.sqrt(np.sum(used * used)))
-        for action in self._policy.in_step:
-            decision = action.decide(used, self._in_step_state[action.name], np)
-            self._in_step_state[action.name] = decision.state
-            if decision.skip is not None and bool(decision.skip):
-                row.skip_reason = "spike" if math.isfinite(before) else "nonfinite"
-                if not self.settings.dry_run:
-                    step.undo.append(Skip(parameters).undo)
-                return 1.0
-            if self.settings.dry_run:
-                continue
-            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            if decision.scale is not None:
-                scale_gradients(grads, decision.scale if np.ndim(decision.scale) == 0 else decision.scale[present])
-                used = used * decision.scale
-            if action.clip_value is not None:
-                clip_values(grads, action.clip_value)
-        after = float(np.sqrt(np.sum(used * used)))
-        return after / before if before > 0 and math.isfinite(before) else 1.0
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An optimizer has stepped."""
         step = self._steps.get(id(optimizer))
         if step is None or self._row is None:
             return
+        if step.nested:
+            step.nested -= 1
+            return
         self._undo(id(optimizer))
-        if step.updates is not None:
-            self._merge(step.updates.finish(len(self._row.norms)))
-        if self._pending is not None:
-            self._pending.forget(step.places)
+        if step.updates is not None and not self._row.skip_reason:
+            self.faults.call("statistics", self._put_updates, step.updates, self._row, default=None)
+        self._pending.forget(step.held)
+
+    def _put_updates(self, updates: Updates, row: Row) -> None:
+        places, measured = updates.finish()
+        row.put(measured, lambda norms: row.merge(update_statistics(places, norms, len(row.norms))))
 
     def _undo(self, key: int) -> None:
         step = self._steps.pop(key, None)
-        for undo in step.undo if step else ():
+        for undo in reversed(step.undo) if step else ():
             undo()
 
-    def _merge(self, statistics: dict[str, Floats]) -> None:
-        """Add statistics of one optimizer's parameters to the row."""
-        assert self._row is not None
-        for name, values in statistics.items():
-            known = self._row.statistics.get(name)
-            self._row.statistics[name] = values if known is None else np.where(values != NOT_MEASURED, values, known)
+    def _undo_all(self) -> None:
+        for key in list(self._steps):
+            self.faults.call("undo", self._undo, key, default=None)
 
-    def _finish_row(self) -> None:
+    def _close_open_row(self, *, is_last: bool = False) -> None:
         row, self._row = self._row, None
         if row is None:
             return
+        for name, value in self._logbook.take(is_last=is_last).items():
+            row.put_metric(name, value)
         row.metrics["hook_time"] = self._hook_seconds - self._hook_seconds_before
         self._hook_seconds_before = self._hook_seconds
+        if self._is_first_row:
+            self._is_first_row = False
+            self._learn()
+        self._backward.thin()
+        row.send()
+        self._in_flight.append(row)
+        while self._in_flight and (self._in_flight[0].is_here or is_last or len(self._in_flight) > LAG):
+            self._record(self._in_flight.popleft())
+
+    def _learn(self) -> None:
+        """What the first step showed of the model: order of use, activations in functional form."""
+        parameters = list(self._parameters)
+        if self._uses:
+            parameters = with_uses(parameters, self._uses)
+        if not self._is_compiled:  # a compiled backward hands over its gradients in no telling order
+            parameters = by_execution(parameters, self._backward.arrivals)
+        if parameters != list(self._parameters):
+            self._redescribe(parameters)
+
+    def _record(self, row: Row) -> None:
+        row.receive()
+        if self._frozen and (row.norms[self._frozen] != NOT_MEASURED).any():
+            self._thaw(row)
         due = self._close_row(
             row.norms,
             row.metrics,
@@ -313,6 +268,19 @@ class TorchWatcher(Watcher):
         if due is not None:
             self._apply(due)
 
+    def _thaw(self, row: Row) -> None:
+        """Note that parameters which were frozen are trained now."""
+        self._check()
+        self._parameters = (
+            tuple(
+                dataclasses.replace(parameter, trainable=parameter.trainable or norm != NOT_MEASURED)
+                for parameter, norm in zip(self._parameters, row.norms, strict=False)
+            )
+            + self._parameters[len(row.norms) :]
+        )
+        self._frozen = [place for place, parameter in enumerate(self._parameters) if not parameter.trainable]
+        self._new_columns()
+
     def _apply(self, due: Due) -> None:
         """Apply a between-step action; the learning-rate factor takes effect at the next step."""
         if not self.settings.dry_run and due.action.name == "DecayLR":
@@ -320,87 +288,95 @@ class TorchWatcher(Watcher):
         self.applied(due)
 
     def log(self, **numbers: Any) -> None:
-        """See `Watcher.log`; numbers logged between backward and step belong to that step."""
+        """See `Watcher.log`; numbers logged between backward and step belong to that step.
+
+        Tensors on an accelerator are copied there; nobody waits for them.
+        """
         self._require_open()
-        target = self._logged_next if self._backward_since_step and self._row is not None else self._logged
-        for name, value in numbers.items():
-            target[name] = number(name, value)
+        checked = {name: _checked(name, value) for name, value in numbers.items()}
+        loss = numbers.get("loss")
+        if self._uses is None and self._is_first_row and isinstance(loss, Tensor) and loss.grad_fn is not None:
+            self.faults.call("graph", self._read_graph, loss, default=None)
+        is_ahead = self._backward_since_step and not self._steps
+        self._logbook.add(checked, is_first=self._row is None and self._is_first_row, is_ahead=is_ahead)
 
-    def before_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-        """Called by the taps before the user's loop clips."""
-        if any(id(parameter) in self._place for parameter in parameters):
-            norm = float(total_norm)
-            if math.isinf(max_norm) and not math.isfinite(norm):
-                self.mark(f"clip_grad_norm_(max_norm=inf) at norm {norm} turns every gradient into NaN")
-            self._clipped *= min(1.0, max_norm / (norm + _EPSILON)) if norm < math.inf else 1.0
+    def _read_graph(self, loss: Tensor) -> None:
+        self._uses = read_graph(loss.grad_fn, self._place)
 
-    def after_change(self) -> None:
-        """Called by the taps after they changed gradients: the pending measurement still stands for them."""
-        if self._pending is not None:
-            self._pending.accept_changes()
+    def mark(self, text: str) -> None:
+        """See `Watcher.mark`."""
+        self._require_open()
+        self.monitor.mark(text, self._next_step + len(self._in_flight))
 
-    def before_unscale(self, optimizer: Optimizer, scale: Tensor) -> None:
-        """Called by the taps before a GradScaler divides the gradients of an optimizer by its scale."""
-        if self._pending is not None and self._places_of(optimizer):
-            self._pending.scale = float(scale)
-
-    def before_scaler_step(self, optimizer: Optimizer) -> None:
-        """Called by the taps before a GradScaler steps or decides not to."""
-        self._scaler_stepped = False
-
-    def after_scaler_step(self, optimizer: Optimizer, scale: Tensor) -> None:
-        """Called by the taps after it: when no step was taken, the scaler found an overflow."""
-        places = self._places_of(optimizer)
-        if self._scaler_stepped or not places:
+    def clipping(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+        """The user's loop is about to scale gradients, by `clip_grad_norm_` or its kin."""
+        places = [place for parameter in parameters if (place := self._place.get(id(parameter))) is not None]
+        self._pending.is_announced = bool(places)
+        if not places:
             return
-        row = self._begin(id(optimizer), optimizer)
-        pending = self._pending or self._gradients.measure(places)
-        row.norms[places] = pending.true_norms(np.array(places))
-        row.skip_reason = "grad_scaler"
-        row.metrics["grad_scale"] = float(scale)
-        self._pending = None
+        number = self._next_step + len(self._in_flight) + (self._row is not None)
+        is_sampled = number % self.settings.stats_every == 0 or (self._row is not None and self._row.is_sampled)
+        self._pending.before_clip(places, max_norm, total_norm, sample=is_sampled)
+        if max_norm == math.inf and total_norm.device.type == "cpu" and not math.isfinite(float(total_norm)):
+            self.mark(f"clip_grad_norm_(max_norm=inf) at norm {float(total_norm)} turns every gradient into NaN")
+
+    def unscaling(self, optimizer: Optimizer, scale: Tensor) -> None:
+        """A GradScaler is about to divide the gradients of an optimizer by its scale."""
+        held = self._held_by(optimizer)
+        self._pending.is_announced = held is not None
+        if held is not None:
+            self._pending.before_unscale(held, scale)
+
+    def changed(self) -> None:
+        """What `clipping` or `unscaling` announced is done."""
+        self._pending.after_change()
+
+    def overflowed(self, optimizer: Optimizer, scale: Tensor) -> None:
+        """A GradScaler found an overflow and left the step out."""
+        held = self._held_by(optimizer)
+        if held is not None:
+            row = self._row_of(optimizer, held)
+            self._put_reading(row, held, self._pending.read(optimizer, held, sample=row.is_sampled))
+            row.put_metric("grad_scale", host_or_copy(scale))
+            row.skip_reason = "grad_scaler"
+            self._pending.forget(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Watcher.state_dict`."""
+        return {**super().state_dict(), "in_step": self._in_step.decider.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """See `Watcher.load_state_dict`."""
+        super().load_state_dict(state)
+        self._in_step.decider.load_state_dict(state.get("in_step", ()))
 
     def close(self, status: str = "finished", detail: str = "") -> None:
         """See `Watcher.close`."""
         if self._closed:
             return
-        torch_taps.leave(self)
+        self._detach()
         self._backward.remove()
-        for handle in self._handles:
-            handle.remove()
-        for key in list(self._steps):
-            self._undo(key)
-        self.faults.call("torch hooks", self._finish_row, default=None)
-        self._pending = None
+        self._undo_all()
+        self.faults.call("torch hooks", self._close_open_row, is_last=True, default=None)
+        self._pending.clear()
         super().close(status, detail)
 
 
-class _LossHook:
-    """Logs the output of a loss module; inert in copies and pickles of it."""
-
-    def __init__(self, watcher: TorchWatcher | None = None) -> None:
-        self._watcher = watcher
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._watcher is not None and isinstance(output, Tensor) and output.numel() == 1 and module.training:
-            self._watcher.faults.call("loss hook", self._watcher.log, loss=output.detach(), default=None)
-
-    def __reduce__(self) -> tuple[type[_LossHook], tuple[()]]:
-        return _LossHook, ()
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(name.endswith("_orig_mod") or "_orig_mod." in name for name, _ in model.named_modules())
+def _checked(name: str, value: Any) -> Any:
+    """A logged value as a float; a scalar tensor on an accelerator as a copy there."""
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "cpu":
+        return host_or_copy(value)
+    return number(name, value)
 
 
 def watch_torch(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, **settings: Any
 ) -> TorchWatcher:
     """See `gradwatch.watch`."""
-    optimizers = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    for each in optimizers:
-        if not isinstance(each, Optimizer):
-            raise ModelError(f"'optimizer' must be a torch.optim.Optimizer, a list of them, or None: {each!r}")
+    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if not isinstance(given, (list, tuple)):
+        raise ModelError(f"'optimizer' must be a torch.optim.Optimizer, a list of them, or None: {given!r}")
+    optimizers = [unwrapped(each) for each in given]
     loss_fn = settings.get("loss_fn")
     if loss_fn is not None and not isinstance(loss_fn, nn.Module):
         raise ModelError(f"'loss_fn' must be a torch.nn.Module: {loss_fn!r}")

@@ -1,0 +1,64 @@
+"""Runs the in-step actions and applies what they decide to the gradients that an optimizer is about to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradwatch.actions.base import InStepAction
+from gradwatch.backends.torch_decide import Decider
+from gradwatch.backends.torch_step import clip_values, scale_gradients, skip_step
+from gradwatch.backends.torch_units import scale_units, spared_by
+from gradwatch.integrations.torch_pending import Reading, host_or_copy
+from gradwatch.integrations.torch_row import Row, Step
+from gradwatch.records import Parameter
+
+
+class InStep:
+    """Skips or scales.
+
+    Args:
+        actions: The in-step actions.
+        described: Gives the parameters of the run as they are described now.
+        is_dry: Record what would be done; do nothing.
+    """
+
+    def __init__(
+        self, actions: Sequence[InStepAction], described: Callable[[], Sequence[Parameter]], *, is_dry: bool
+    ) -> None:
+        self.decider = Decider(actions)
+        self._described, self._is_dry = described, is_dry
+
+    def __bool__(self) -> bool:
+        return bool(self.decider)
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether an action may skip steps."""
+        return self.decider.can_skip and not self._is_dry
+
+    def act(self, step: Step, row: Row, reading: Reading) -> Any:
+        """Skip or scale as the actions decide; returns the factor on the global norm."""
+        held = step.held
+
+        def by_unit(action: InStepAction, norms: Any) -> Any:
+            if self._is_dry:
+                return norms
+            spared = spared_by(action, self._described())[held.index]
+            return scale_units(action, held.parameters, spared, norms)
+
+        verdict = self.decider.decide(reading.now, by_unit)
+        if self._is_dry:
+            row.put_metric("would_skip", verdict.skip)
+            row.put_metric("would_clip", verdict.coefficient)
+            return 1.0
+        if verdict.skip is not False:
+            row.put_skip(verdict.skip, verdict.norm)
+            step.undo += skip_step(step.optimizer, held.parameters, verdict.skip, step.counters)
+            if verdict.skip is True:
+                return 1.0
+        if verdict.scale is not None:
+            scale_gradients(held.parameters, verdict.scale)
+        if verdict.clip_value is not None:
+            clip_values(held.parameters, verdict.clip_value * host_or_copy(getattr(step.optimizer, "grad_scale", None)))
+        return verdict.coefficient

@@ -1,0 +1,182 @@
+"""The step in progress: its row of the record, its optimizers' steps, and the numbers that the user logs for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.backends.torch_device import Transfer
+from gradwatch.backends.torch_gradients import Held
+from gradwatch.backends.torch_statistics import Updates
+from gradwatch.backends.torch_step import KeptCounters
+from gradwatch.records import NOT_MEASURED, Floats
+
+Setter = Callable[[Any], None]
+
+
+@dataclass
+class Row:
+    """One row of the record while it is open.
+
+    Numbers on an accelerator are not waited for: `put` keeps them with what is to be done once they have arrived.
+    """
+
+    number: int
+    norms: npt.NDArray[np.float32]
+    metrics: dict[str, float]
+    is_sampled: bool
+    statistics: dict[str, Floats] = field(default_factory=dict)
+    stepped: set[int] = field(default_factory=set)
+    stage: str = "pre_clip"
+    skip_reason: str = ""
+    _later: list[tuple[Tensor, Setter]] = field(default_factory=list)
+    _transfer: Transfer | None = None
+
+    def put(self, value: Any, setter: Setter) -> None:
+        """`setter(value)`, now or when the value has come from the device, as a flat float32 array."""
+        if isinstance(value, Tensor):
+            self._later.append((value, setter))
+        else:
+            setter(value)
+
+    def put_metric(self, name: str, value: Any) -> None:
+        """A number of the step, such as the loss."""
+        self.put(value, lambda number: self.metrics.__setitem__(name, _scalar(number)))
+
+    def put_norms(self, held: Held, norms: Any) -> None:
+        """Gradient norms of one optimizer's parameters."""
+        self.put(norms, lambda numbers: self.norms.__setitem__(held.index, numbers))
+
+    def put_statistics(self, names: Sequence[str], places: Sequence[int], values: Any) -> None:
+        """Sampled statistics of one optimizer's parameters, shape (number of names, number of places)."""
+
+        def merge(numbers: Any) -> None:
+            for name, found in zip(names, np.reshape(numbers, (len(names), len(places))), strict=True):
+                column = np.full(len(self.norms), NOT_MEASURED, np.float32)
+                column[places] = found
+                self.merge({name: column})
+
+        self.put(values, merge)
+
+    def put_coefficient(self, coefficient: Any) -> None:
+        """A clip coefficient; of several optimizers the smallest counts."""
+        self.put(coefficient, self._set_coefficient)
+
+    def put_skip(self, skip: Any, norm: Any, *, reason: str = "") -> None:
+        """Whether a step is skipped; without a reason the norm tells whether it was a spike or not finite."""
+
+        def decide(number: Any) -> None:
+            if _scalar(number):
+                why = reason or ("spike" if np.isfinite(self.metrics.pop("_norm", norm)) else "nonfinite")
+                self.skip_reason = "grad_scaler" if "grad_scaler" in (self.skip_reason, why) else why
+
+        if isinstance(skip, Tensor) and not reason:
+            self.put(norm, lambda number: self.metrics.__setitem__("_norm", _scalar(number)))
+        self.put(skip, decide)
+
+    def merge(self, statistics: dict[str, Floats]) -> None:
+        """Add statistics of one optimizer's parameters."""
+        for name, values in statistics.items():
+            known = self.statistics.get(name)
+            self.statistics[name] = values if known is None else np.where(values != NOT_MEASURED, values, known)
+
+    def widen(self, count: int) -> None:
+        """Make room for parameters that came while the row was open."""
+        more = np.full(count - len(self.norms), NOT_MEASURED, np.float32)
+        self.norms = np.concatenate([self.norms, more])
+
+    def send(self) -> None:
+        """Start copying what is on a device."""
+        if self._later:
+            self._transfer = Transfer([tensor for tensor, _ in self._later])
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all numbers are on the host."""
+        return self._transfer is None
+
+    def receive(self) -> None:
+        """Fill in what was copied."""
+        if self._transfer is not None:
+            for (_, setter), numbers in zip(self._later, self._transfer.arrived(), strict=True):
+                setter(numbers)
+            self._later, self._transfer = [], None
+            self.metrics.pop("_norm", None)
+
+    def _set_coefficient(self, coefficient: Any) -> None:
+        known = self.metrics.get("clip_coefficient", np.inf)
+        self.metrics["clip_coefficient"] = min(_scalar(coefficient), known)
+
+
+@dataclass
+class Step:
+    """One optimizer's step in progress: what must be undone and finished when it is over."""
+
+    optimizer: Optimizer
+    held: Held
+    has_closure: bool = False
+    evaluations: int = 0
+    nested: int = 0
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    updates: Updates | None = None
+    counters: KeptCounters | None = None
+
+
+class Logbook:
+    """Which step a logged number belongs to.
+
+    What is logged between backward and step belongs to that step, as does what is logged before backward by a loop that
+    logs before its very first step; everything else belongs to the step taken last.
+    """
+
+    def __init__(self) -> None:
+        self._current: dict[str, Any] = {}
+        self._ahead: dict[str, Any] = {}
+        self._early: set[str] = set()
+
+    def add(self, numbers: dict[str, Any], *, is_first: bool, is_ahead: bool) -> None:
+        """Note numbers.
+
+        Args:
+            numbers: Names to numbers or scalar tensors.
+            is_first: No step was taken yet.
+            is_ahead: A backward pass was seen since the last step.
+        """
+        if is_first:
+            self._early.update(numbers)
+        for name, value in numbers.items():
+            book = self._ahead if is_first or is_ahead or name in self._early else self._current
+            book[name] = value
+
+    def stepping(self) -> None:
+        """An optimizer steps: what was logged ahead belongs to the row that is open now."""
+        if self._ahead:
+            self._current.update(self._ahead)
+            self._ahead = {}
+
+    def take(self, *, is_last: bool = False) -> dict[str, Any]:
+        """What was logged for the row that is closed; at the end, also what was meant for a step that never came."""
+        taken = {**self._ahead, **self._current} if is_last else self._current
+        self._current = {}
+        return taken
+
+
+def is_nested(optimizer: Optimizer) -> bool:
+    """Whether we are called from a step inside a step of one optimizer (of a subclass that calls `super().step()`)."""
+    frame, found = sys._getframe(1), 0  # noqa: SLF001 -- the documented way to the caller's frame
+    while frame is not None and found < 2:
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            found += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
+
+
+def _scalar(number: Any) -> float:
+    return float(number[0]) if isinstance(number, np.ndarray) and number.ndim else float(number)
