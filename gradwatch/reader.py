@@ -103,7 +103,7 @@ class RunReader:
 
     @property
     def processes(self) -> list[dict[str, Any]]:
-        """The processes that wrote the run, the last one last: host, pid, started, ended, status, first_step, versions."""
+        """The processes that wrote the run, in order: host, pid, started, ended, status, first_step, versions."""
         return [dict(process) for process in self._facts.processes]
 
     @property
@@ -149,7 +149,7 @@ class RunReader:
         """A statistic as arrays, for programs; `NOT_MEASURED` where absent.
 
         Returns:
-            The steps at which it was taken, int64 of shape (k,); the values of shape (k, c); the names of the c columns.
+            The steps at which it was taken, int64 of shape (k,); the values, shape (k, c); the names of the c columns.
         """
         names = self._names(statistic, layers)
         step, values = read_values(self._catalog, statistic, names, check_steps(steps))
@@ -161,8 +161,7 @@ class RunReader:
         """A statistic in bins of `resolution` steps: counts and extremes, none of them lost.
 
         Args:
-            resolution: Steps in a bin. Powers of ten are read from the rollups; others too where a power of ten divides
-                them, else from the steps.
+            resolution: Steps in a bin. Multiples of ten are read from the rollups, others from the steps.
             statistic: Name of a statistic, or `metric` for the metrics.
             layers: Only these: a name, a pattern such as `encoder.*`, or a list of them.
             steps: Only bins that touch these step numbers.
@@ -231,8 +230,8 @@ class RunReader:
             by: `parameter` or `layer`.
             layers: Only these: a name, a pattern such as `encoder.*`, or a list of them.
             steps: Only these step numbers, such as `slice(0, 10_000)`.
-            resolution: One row per so many steps, from the rollups; the index is then the first step of each. Layers are
-                then put together from their parameters: an upper bound for `maximum`, a lower one for `minimum`.
+            resolution: One row per so many steps, from rollups; the index is the first step of each. Layers are then
+                put together from their parameters: an upper bound for `maximum`, a lower one for `minimum`.
             aggregate: With `resolution`: `mean` (geometric), `minimum`, `maximum`, `count` or `nonfinite`.
 
         Examples:
@@ -278,7 +277,7 @@ class RunReader:
         return frames.of_metrics(step, numbers.metrics, words)
 
     def parameters(self) -> pd.DataFrame:
-        """The parameters in order, index `name`: shape, layer, depth, dtype, kind, activation, aliases, trainable, size."""
+        """The parameters in order; index `name`, columns as the fields of `Parameter`, and `size`."""
         return frames.of_parameters(self._facts.info.parameters)
 
     def findings(self) -> pd.DataFrame:

@@ -24,9 +24,9 @@ from gradwatch.records import METRICS, NOT_MEASURED, ActionRecord, Finding, Para
 
 Array = npt.NDArray[np.float32]
 
-#: What may be wrong with a synthetic run. `exploding` grows from 60 % of the run on until it overflows; in `vanishing` the
-#: layers near the input fade; `spike` is one step at half the run; `nan` begins in one layer at 70 %; `dead` silences a
-#: layer at 40 %.
+#: What may be wrong with a synthetic run. `exploding` grows from 60 % of the run on until it overflows; in `vanishing`
+#: the layers near the input fade; `spike` is one step at half the run; `nan` begins in one layer at 70 %; `dead`
+#: silences a layer at 40 %.
 SCENARIOS = ("healthy", "exploding", "vanishing", "spike", "nan", "dead")
 #: Steps that are drawn at a time: part of what a seed means.
 _CHUNK = 4096
@@ -62,8 +62,8 @@ def synthetic_batches(
 ) -> Iterator[StepBatch]:
     """The steps of a run in batches; the same arguments give the same numbers.
 
-    Norms are log-normal around a level per parameter, decay as training does, and share a part of their noise, as those of
-    one mini-batch do.
+    Norms are log-normal around a level per parameter, decay as training does, and share a part of their noise, as those
+    of one mini-batch do.
 
     Args:
         steps: How many.
@@ -190,7 +190,7 @@ def write_run(
     overwrite: bool = False,
     **settings: Any,
 ) -> Path:
-    """Write a synthetic run, as a training would have; about 100 million values a minute... and a core.
+    """Write a synthetic run as a training would have, a few million values a second.
 
     Args:
         path: The run directory.

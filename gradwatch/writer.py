@@ -101,7 +101,7 @@ class RunWriter:
         """Hand over steps, in a few microseconds; the arrays belong to the writer from now on.
 
         Args:
-            batch: Steps in ascending order. Steps that are not beyond the last ones supersede what was recorded of them.
+            batch: Steps in ascending order. Those that are not beyond the last ones supersede what was recorded.
         """
         recorder = self._recorder
         if recorder is None or os.getpid() != self._pid:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -64,7 +65,7 @@ def ascending_runs(steps: Ints) -> list[slice]:
     """Slices within which the steps ascend; nearly always one."""
     breaks = np.flatnonzero(np.diff(steps) <= 0) + 1
     edges = [0, *breaks.tolist(), len(steps)]
-    return [slice(low, high) for low, high in zip(edges, edges[1:], strict=False) if high > low]
+    return [slice(low, high) for low, high in itertools.pairwise(edges) if high > low]
 
 
 def is_measured(values: object) -> bool:

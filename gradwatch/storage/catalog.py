@@ -229,12 +229,14 @@ class Catalog:
         for stem, segment, rows in self.readable(steps):
             part = within(segment.step[rows], steps)
             columns = tuple(known.get(name) or Parameter(name) for name in segment.layout.parameters)
-            try:
-                batch = segment.batch(parameters if columns == parameters else columns, statistics)
-            except RunError as error:
-                self.note(stem, error)
-                continue
-            yield from batch[part].split(size)
+            for wanted in (statistics, ()):  # when the samples are damaged, the steps still count
+                try:
+                    batch = segment.batch(parameters if columns == parameters else columns, wanted)
+                except RunError as error:
+                    self.note(stem, error)
+                    continue
+                yield from batch[part].split(size)
+                break
 
     def facts(self, where: str = RUN_FILE) -> Facts:
         """The content of `run.json`; when it is missing or damaged, as much as the segments tell.

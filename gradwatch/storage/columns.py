@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +25,11 @@ class Columns:
 
     Args:
         rows: int64 of shape (k,): which rows of the segment have a sample, ascending.
-        values: float32 of shape (names, k); `NOT_MEASURED` where absent.
+        values: float32 (metrics: float64) of shape (names, k); `NOT_MEASURED` where absent.
     """
 
     rows: Ints
-    values: npt.NDArray[np.float32]
+    values: npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def read_columns(path: Path) -> SegmentColumns | None:
     if not n:
         return None
     columns = SegmentColumns(
-        layout=layout,
+        layout=dataclasses.replace(layout, statistics=tuple(name for name in layout.statistics if samples[name])),
         step=np.empty(n, np.int64),
         stage=np.empty(n, np.int8),
         skip_reason=np.empty(n, np.int8),
@@ -78,10 +80,10 @@ def read_columns(path: Path) -> SegmentColumns | None:
         statistics={
             name: Columns(np.empty(k, np.int64), np.empty((len(layout.names(name)), k), np.float32))
             for name, k in samples.items()
-            if k
+            if k or name == GRAD_NORM
         },
     )
-    _fill(columns, path)
+    _fill(columns, path, layout)
     return columns
 
 
@@ -91,19 +93,19 @@ def _batches(path: Path, layout: Layout) -> Iterator[pa.RecordBatch]:
         yield from record_batches(source, layout)
 
 
-def _fill(columns: SegmentColumns, path: Path) -> None:
+def _fill(columns: SegmentColumns, path: Path, layout: Layout) -> None:
     breathe = Breather()
     at, filled = 0, dict.fromkeys(columns.statistics, 0)
-    for rows in _batches(path, columns.layout):
+    for rows in _batches(path, layout):
         end = at + rows.num_rows
         columns.step[at:end] = plain(rows.column("step"))
         columns.stage[at:end] = codes(STAGES, rows.column("stage"))
         columns.skip_reason[at:end] = codes(SKIP_REASONS, rows.column("skip_reason"))
-        for i, metric in enumerate(columns.layout.metrics):
+        for i, metric in enumerate(layout.metrics):
             columns.metrics[i, at:end] = measured(rows.column(metric_column(metric)))
         breathe()
         for name, place in filled.items():
-            part = list_values(rows.column(name), len(columns.layout.names(name)))
+            part = list_values(rows.column(name), len(layout.names(name)))
             whole, low, high = columns.statistics[name], place, place + len(part.rows)
             whole.rows[low:high] = part.rows + at
             whole.values[:, low:high] = part.values.T
@@ -112,7 +114,7 @@ def _fill(columns: SegmentColumns, path: Path) -> None:
         at = end
 
 
-def take_rows(columns: Columns, rows: Ints) -> npt.NDArray[np.float32]:
+def take_rows(columns: Columns, rows: Ints) -> npt.NDArray[Any]:
     """The values at `rows` of the segment, shape (names, rows); `NOT_MEASURED` where there is no sample."""
     if len(columns.rows) == len(rows):
         return columns.values

@@ -35,7 +35,7 @@ class Disk:
         os.fsync(file)
 
     def replace(self, path: Path, data: Any, *, sync: bool) -> None:
-        """Write `data` (anything with a buffer) and put it in the place of `path` at once: old content or new, no mixture."""
+        """Put a file with the content `data` in the place of `path` at once: there is the old content or the new."""
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         try:
             with temporary.open("wb") as file:

@@ -16,7 +16,7 @@ from gradwatch.storage.layout import EVENTS_FILE
 
 T = TypeVar("T", Finding, ActionRecord)
 KINDS = ("finding", "action", "alert", "mark")
-#: A mark of this name: a process went on with the run from the step it names; what was recorded beyond it is superseded.
+#: A mark of this name: the run went on from the step it names; what was recorded from there on is superseded.
 RESUMED = "resumed"
 #: A mark of this name: steps were left out because the disk could not follow.
 THINNED = "thinned"
@@ -105,7 +105,7 @@ class EventLog:
                     limit = int(event["step"])
                     found = {key: item for key, item in found.items() if step(item) < limit}
                 elif event["kind"] == kind:
-                    item = build.from_json(event)  # type: ignore[attr-defined]
+                    item = build.from_json(event)
                     step(item) + 0
                     found[str(event["id"])] = item
             except (KeyError, TypeError, ValueError):  # not one of ours

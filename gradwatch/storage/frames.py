@@ -37,14 +37,20 @@ def of_values(step: Ints, values: npt.NDArray[Any], names: Sequence[str]) -> pd.
     import pandas as pd
 
     values[values == NOT_MEASURED] = np.nan
-    return pd.DataFrame(values, index=pd.Index(step, name="step"), columns=pd.Index(names, dtype=object))
+    return pd.DataFrame(values, index=pd.Index(step, name="step"), columns=_labels(names))
+
+
+def _labels(names: Sequence[str]) -> pd.Index[Any]:
+    import pandas as pd
+
+    return pd.Index(list(names), dtype="object")
 
 
 def of_rollup(rollup: Rollup, aggregate: str) -> pd.DataFrame:
     """One row per bin."""
     import pandas as pd
 
-    index, columns = pd.Index(rollup.start, name="step"), pd.Index(rollup.names, dtype=object)
+    index, columns = pd.Index(rollup.start, name="step"), _labels(rollup.names)
     return pd.DataFrame(getattr(rollup, aggregate), index=index, columns=columns)
 
 
@@ -54,11 +60,11 @@ def by_layer(rollup: Rollup, parameters: Sequence[Parameter], aggregate: str) ->
 
     layers, values = Layers(parameters), getattr(rollup, aggregate)
     if aggregate in ("count", "nonfinite"):
-        norms = np.zeros((len(rollup), len(layers)), np.int64)
-        np.add.at(norms, (slice(None), layers.of_parameter), values)
+        of_layer = np.arange(len(layers))[:, None] == layers.of_parameter
+        table = values @ of_layer.T
     else:
-        norms = _no_marker(layers.norms(np.where(np.isnan(values), NOT_MEASURED, values)))
-    return pd.DataFrame(norms, index=pd.Index(rollup.start, name="step"), columns=pd.Index(layers.names, dtype=object))
+        table = _no_marker(layers.norms(np.where(np.isnan(values), NOT_MEASURED, values)))
+    return pd.DataFrame(table, index=pd.Index(rollup.start, name="step"), columns=_labels(layers.names))
 
 
 def _no_marker(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -68,7 +74,7 @@ def _no_marker(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def of_metrics(
     step: Ints, metrics: Mapping[str, npt.NDArray[Any]], words: Mapping[str, npt.NDArray[Any]]
 ) -> pd.DataFrame:
-    """One row per step; where a metric has the name of a column of words, the metric is called `metric/` and its name."""
+    """One row per step; a metric with the name of a column of words gets `metric/` before it."""
     import pandas as pd
 
     columns = {f"metric/{name}" if name in words else name: _no_marker(values) for name, values in metrics.items()}
@@ -88,8 +94,12 @@ def of_findings(findings: Sequence[Finding]) -> pd.DataFrame:
     import pandas as pd
 
     rows = [
-        (f.rule, f.severity, f.first_step, f.last_step, _first(f.layers), _first(f.parameters), f.value, f.threshold)
-        + (f.cause, "; ".join(f.advice), f.resolved_step)
+        {
+            **{name: getattr(f, name) for name in _FINDING if hasattr(f, name)},
+            "layer": _first(f.layers),
+            "parameter": _first(f.parameters),
+            "advice": "; ".join(f.advice),
+        }
         for f in findings
     ]
     return pd.DataFrame(rows, columns=list(_FINDING)).astype({"resolved_step": "Int64"})

@@ -130,9 +130,8 @@ def check_version(version: object) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise RunFormatError(f"not a run of gradwatch: 'format_version' is {version!r}")
     if version > FORMAT_VERSION:
-        raise RunFormatError(
-            f"the run was written by a newer gradwatch (format {version}, this one reads up to {FORMAT_VERSION}): update"
-        )
+        known = f"this one reads up to {FORMAT_VERSION}"
+        raise RunFormatError(f"the run was written by a newer gradwatch (format {version}, {known}): update gradwatch")
 
 
 def _text(value: object) -> str:

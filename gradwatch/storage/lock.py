@@ -7,17 +7,17 @@ import errno
 import json
 import os
 import socket
+import sys
 import time
 import weakref
 from pathlib import Path
 
 from gradwatch.errors import RunLockedError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 #: How often and how long a writer tries: a reader that looks whether the lock is free holds it for an instant.
 _ATTEMPTS, _PAUSE = 10, 0.02
@@ -51,7 +51,8 @@ class Lock:
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only its holder goes unnamed
             os.ftruncate(self._file, 0)
-            os.pwrite(self._file, content, 0) if hasattr(os, "pwrite") else os.write(self._file, content)
+            os.lseek(self._file, 0, os.SEEK_SET)
+            os.write(self._file, content)
         _held.add(self)
 
     def release(self) -> None:
@@ -87,7 +88,7 @@ def describe_holder(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether a live writer holds the lock; None when that cannot be told (no lock file, a file system without locks)."""
+    """Whether a live writer holds the lock; None when that cannot be told (no lock file, no locks on this system)."""
     try:
         file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
@@ -100,14 +101,22 @@ def is_locked(path: Path) -> bool | None:
         os.close(file)
 
 
+if sys.platform == "win32":
+
+    def _lock(file: int, *, shared: bool) -> None:
+        os.lseek(file, 1 << 20, os.SEEK_SET)  # far beyond the content, which must stay readable for others
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+
+else:
+
+    def _lock(file: int, *, shared: bool) -> None:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
 def _try_lock(file: int, *, shared: bool) -> bool:
     """Whether the lock could be taken; it goes when the file is closed."""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        else:  # far beyond the content, which must stay readable for others
-            os.lseek(file, 1 << 20, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        _lock(file, shared=shared)
     except OSError as error:
         if error.errno in _BUSY:
             return False

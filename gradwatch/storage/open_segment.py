@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
 from gradwatch.records import StepBatch
+from gradwatch.storage.appending import AppendFile
 from gradwatch.storage.disk import Disk
 from gradwatch.storage.layout import Layout
 from gradwatch.storage.stream import StreamEncoder
 
 
 class OpenSegment:
-    """An Arrow IPC stream below `steps/` that grows.
+    """An Arrow IPC stream below `steps/`.
 
     Args:
         disk: What touches the file.
@@ -22,43 +22,38 @@ class OpenSegment:
         layout: Its columns.
 
     Raises:
-        OSError: When the disk fails, from every method; the file is then as before the call.
+        OSError: When the disk fails, from every method; then nothing was added.
     """
 
     def __init__(self, disk: Disk, path: Path, layout: Layout) -> None:
-        self.disk, self.path, self.layout = disk, path, layout
+        self.path, self.layout = path, layout
+        self.rows, self.since = 0, time.monotonic()
         self._encoder = StreamEncoder(layout)
-        self.rows, self.size, self.since = 0, 0, time.monotonic()
-        self._file: int | None = disk.open(path)
+        self._file = AppendFile(disk, path)
         try:
-            self._write(self._encoder.head)
-        except BaseException:
-            self.close()
+            self._file.append(self._encoder.head)
+        except OSError:
+            self._file.close()
             with contextlib.suppress(OSError):
                 disk.remove(path)
             raise
 
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return self._file.size
+
     def append(self, batch: StepBatch) -> int:
+        """Add steps; returns their bytes."""
         data = self._encoder.encode(batch)
-        self._write(data)
+        self._file.append(data)
         self.rows += len(batch)
         return len(data)
 
-    def _write(self, data: bytes) -> None:
-        assert self._file is not None
-        try:
-            self.disk.append(self._file, data)
-        except OSError:
-            # Part of a record batch in the middle of the file would hide all that follows it.
-            self.disk.truncate(self._file, self.size)
-            raise
-        self.size += len(data)
-
     def sync(self) -> None:
-        if self._file is not None:
-            self.disk.sync(self._file)
+        """Make the steps so far safe from a power cut."""
+        self._file.sync()
 
     def close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
+        """Close the file; a second call does nothing."""
+        self._file.close()

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES
+from gradwatch.records import SKIP_REASONS, STAGES
 from gradwatch.storage.arrow import numbers, strings
 from gradwatch.storage.columns import SegmentColumns, take_rows
 from gradwatch.storage.layout import GRAD_NORM, metric_column

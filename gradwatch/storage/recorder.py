@@ -181,7 +181,7 @@ class Recorder:
 
 
 class _Trouble:
-    """Keeps failures of the disk, and of our own code, inside the thread: logs the first, then tries less and less often.
+    """Keeps failures of the disk and of our own code inside the thread: logs the first, tries less and less often.
 
     Args:
         path: Of the run, for the log.

@@ -15,9 +15,9 @@ from gradwatch.records import FORMAT_VERSION, Ints
 from gradwatch.storage.arrow import absent, numbers, plain, text
 from gradwatch.storage.columns import Columns
 from gradwatch.storage.layout import METADATA_KEY
-from gradwatch.storage.rollups import LEAST_SAMPLES, Array, Rollup, coarser, roll_up
 from gradwatch.storage.pace import Breather
 from gradwatch.storage.parquet import PARQUET
+from gradwatch.storage.rollups import LEAST_SAMPLES, Array, Rollup, coarser, roll_up
 from gradwatch.storage.stream import DAMAGE
 
 #: How many values are rolled up at a time.
@@ -37,16 +37,13 @@ _SCHEMA = pa.schema(
 def roll_up_columns(statistic: str, names: Sequence[str], columns: Columns, steps: Ints) -> list[Rollup]:
     """All resolutions of one statistic of a segment, the finest first.
 
-    The finest is the first whose bins hold enough samples on average: finer ones would weigh more than the record itself.
+    The finest is the first whose bins hold enough samples: finer ones would weigh more than the record itself.
     """
     taken = steps[columns.rows]
     if not len(taken) or not len(names):
         return []
     resolution = 10
-    while (
-        len(taken) < LEAST_SAMPLES * len(np.unique(taken // resolution))
-        and taken[0] // resolution != taken[-1] // resolution
-    ):
+    while (bins := len(np.unique(taken // resolution))) > 1 and len(taken) < LEAST_SAMPLES * bins:
         resolution *= 10
     finest = roll_up_in_blocks(columns.values, taken, resolution, statistic=statistic, names=names)
     found = [finest]
@@ -88,19 +85,15 @@ def _table(rollup: Rollup) -> pa.Table:
     rows = bins * columns
     arrays = [
         numbers(np.full(rows, rollup.resolution)),
-        pa.DictionaryArray.from_arrays(numbers(np.zeros(rows, np.int32)), _words([rollup.statistic])),
+        pa.DictionaryArray.from_arrays(numbers(np.zeros(rows, np.int32)), text([rollup.statistic])),
         pa.DictionaryArray.from_arrays(
-            numbers(np.repeat(np.arange(columns, dtype=np.int32), bins)), _words(rollup.names)
+            numbers(np.repeat(np.arange(columns, dtype=np.int32), bins)), text(rollup.names)
         ),
         numbers(np.tile(rollup.start, columns)),
         *(numbers(getattr(rollup, name).T.ravel()) for name in _COUNTS),
         *(_floats(_rounded(rollup.mean) if name == "mean" else getattr(rollup, name)) for name in _FLOATS),
     ]
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
-
-
-def _words(words: Sequence[str]) -> pa.Array:
-    return text(words)
 
 
 def _floats(values: Array) -> pa.Array:

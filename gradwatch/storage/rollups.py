@@ -1,7 +1,7 @@
 """Rollups: what happened in each 10, 100, 1,000, ... steps, so that a long run opens at once and no extreme is lost.
 
-One file per sealed segment, a table with one row per resolution, statistic, name and bin; bins begin at multiples of the
-resolution, so those that two segments share are put together when read.
+One file per sealed segment, a table with one row per resolution, statistic, name and bin; bins begin at multiples of
+the resolution, so those that two segments share are put together when read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Counts = npt.NDArray[np.int64]
 METRIC = "metric"
 #: Statistics that span orders of magnitude: their mean is the geometric one.
 GEOMETRIC = frozenset({"grad_norm", "weight_norm", "update_ratio", "grad_max", "activation_std", "output_grad_norm"})
-#: A resolution is written when its bins hold at least this many samples on average; a finer one would outweigh the record.
+#: A resolution is written when its bins hold so many samples on average; a finer one would outweigh the record.
 LEAST_SAMPLES = 5
 
 
@@ -35,8 +35,8 @@ class Rollup:
         statistic: Its name; `metric` for the metrics.
         resolution: Steps in a bin.
         names: The c columns.
-        start: First step of each bin, a multiple of the resolution; int64 of shape (n,), ascending. Bins in which no step
-            was recorded are absent.
+        start: First step of each bin, a multiple of the resolution; int64 of shape (n,), ascending. Bins without any
+            recorded step are absent.
         count: How many values were measured; int64 of shape (n, c).
         nonfinite: How many of them were NaN or infinite; int64 of shape (n, c).
         minimum: Smallest finite value, NaN where there is none; float64 of shape (n, c).

@@ -20,7 +20,7 @@ from gradwatch.storage.stream import DAMAGE, codes, measured
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Metrics of n steps by name, float64 of shape (n,), and where asked for `stage` and `skip_reason` as in a batch."""
+    """Metrics of n steps by name, float64 of shape (n,); where asked for, `stage` and `skip_reason` as in a batch."""
 
     metrics: dict[str, npt.NDArray[np.float64]]
     stage: Ints = field(default_factory=lambda: np.empty(0, np.int8))
@@ -86,6 +86,7 @@ class SealedSegment:
     def values(self, statistic: str, names: Sequence[str]) -> Samples:
         """Rows (of the segment) at which a statistic was taken, and its values of shape (k, names)."""
         wanted = self.layout.columns(statistic, names)
+        rows: Ints
         if statistic == GRAD_NORM:
             table, rows = self._read(self._steps, wanted), np.arange(self.count)
         elif statistic in self.layout.statistics:
@@ -93,7 +94,7 @@ class SealedSegment:
             rows = np.searchsorted(self.step, plain(table.column("step")))
         else:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
-        values = np.empty((len(names), table.num_rows), np.float32)
+        values = np.empty((len(names), len(rows)), np.float32)
         for row, column in zip(values, wanted, strict=True):
             row[:] = measured(table.column(column))
         if statistic != GRAD_NORM and len(rows):

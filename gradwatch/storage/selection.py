@@ -134,18 +134,21 @@ def _stored(files: Files, catalog: Catalog, stem: Stem, statistic: str, resoluti
 
 
 def _computed(segment: Segment, rows: slice, names: Sequence[str], *, statistic: str, resolution: int) -> Rollup:
+    there = set(segment.layout.metrics if statistic == METRIC else segment.layout.names(statistic))
+    known = [name for name in names if name in there]
+    if not known:
+        return empty(statistic, resolution, names)
     if statistic == METRIC:
-        known = [name for name in names if name in segment.layout.metrics]
         found = segment.metrics(known).metrics
-        step, values = segment.step[rows], np.stack([found[name][rows] for name in known], axis=1) if known else None
+        step = segment.step[rows]
+        values: npt.NDArray[Any] = np.stack([found[name][rows] for name in known])
     else:
-        known = [name for name in names if name in set(segment.layout.names(statistic))]
         samples = segment.values(statistic, known)
         low, high = np.searchsorted(samples.rows, (rows.start, rows.stop))
-        step, values = segment.step[samples.rows[low:high]], samples.values[low:high]
-    if not known or values is None or not len(step):
+        step, values = segment.step[samples.rows[low:high]], samples.values[low:high].T
+    if not len(step):
         return empty(statistic, resolution, names)
-    return roll_up_in_blocks(values.T, step, resolution, statistic=statistic, names=known)
+    return roll_up_in_blocks(values, step, resolution, statistic=statistic, names=known)
 
 
 def _clipped(rollup: Rollup, steps: slice) -> Rollup:

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradwatch.errors import RunCorruptError, RunExistsError, RunFormatError
+from gradwatch.errors import RunExistsError
 from gradwatch.records import Parameter, RunInfo, StepBatch
+from gradwatch.storage.appending import AppendFile
 from gradwatch.storage.batches import ascending_runs
 from gradwatch.storage.catalog import Catalog
+from gradwatch.storage.claiming import delete_run, holds_run, make_folders
 from gradwatch.storage.disk import Disk
 from gradwatch.storage.events import RESUMED, encode_event, whole_lines
-from gradwatch.storage.facts import Facts, decode_facts
+from gradwatch.storage.facts import Facts
 from gradwatch.storage.files import LocalFiles
-from gradwatch.storage.layout import (
-    EVENTS_FILE,
-    LOCK_FILE,
-    OPEN_SUFFIX,
-    ROLLUPS,
-    RUN_FILE,
-    SAMPLES,
-    STEPS,
-    TEMPORARY_SUFFIX,
-    Layout,
-    Stem,
-)
+from gradwatch.storage.layout import EVENTS_FILE, LOCK_FILE, OPEN_SUFFIX, RUN_FILE, STEPS, Layout, Stem
 from gradwatch.storage.lock import Lock
 from gradwatch.storage.open_segment import OpenSegment
 from gradwatch.storage.sealing import seal
 
 #: An open segment is sealed when it holds this many bytes or rows, or is this old (seconds).
 SEAL_BYTES, SEAL_ROWS, SEAL_SECONDS = 16 << 20, 1 << 16, 3600.0
-_FOLDERS = (STEPS, SAMPLES, ROLLUPS)
-_OURS = {RUN_FILE, RUN_FILE + TEMPORARY_SUFFIX, EVENTS_FILE, LOCK_FILE, *_FOLDERS}
 
 
 class Store:
@@ -50,6 +38,12 @@ class Store:
         resume: Go on with the run that is there; a number is the first step that will be written, and what was
             recorded from there on is superseded.
         disk: What touches the files.
+
+    Attributes:
+        next_step: The step after the last one.
+        facts: Content of run.json.
+        bytes_written: So far.
+        has_ended: Whether there is a segment to seal.
 
     Raises:
         RunExistsError: When there is a run and neither `overwrite` nor `resume` is set.
@@ -68,84 +62,55 @@ class Store:
     ) -> None:
         self.path, self.disk = path, disk or Disk()
         self.bytes_written = 0
-        exists = _look_at(path)
+        self._open: OpenSegment | None = None
+        self._events: AppendFile | None = None
+        exists = holds_run(path)
         if exists and not overwrite and resume is False:
-            raise RunExistsError(
-                f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True"
-            )
+            message = f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True"
+            raise RunExistsError(message)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(path / LOCK_FILE)
-        #: Whether there is something to seal.
-        self.has_ended = exists
-        self._open: OpenSegment | None = None
-        self._events: int | None = None
         try:
             if exists and overwrite:
-                self._clear()
-                exists = False
-            for folder in _FOLDERS:
-                (path / folder).mkdir(exist_ok=True)
-                self._remove_leftovers(path / folder)
-            self.facts = self._begin(info, resume if exists else False)
-            self._events = self.disk.open(path / EVENTS_FILE)
-            self._mend_events()
-            if exists:
-                self.append_events(encode_event("mark", {"name": RESUMED, "step": self.next_step}), sync=False)
+                delete_run(path, self.disk)
+            self._resumes = self.has_ended = exists and not overwrite
+            self.facts = self._first_facts(info, resume)
             self.write_facts(sync=True)
+            make_folders(path, self.disk)
+            self._events = self._open_events()
         except BaseException:
             self.release()
             raise
 
-    # -- opening ---------------------------------------------------------------------------------------------------
-
-    def _begin(self, info: RunInfo, resume: bool | int) -> Facts:
-        """The facts to start from; sets `next_step` and the number of the next segment."""
+    def _first_facts(self, info: RunInfo, resume: bool | int) -> Facts:
+        """The facts to start from; finds the place to go on."""
         catalog = Catalog(LocalFiles(self.path))
         stems = catalog.stems()
         self._sequence = stems[-1].sequence + 1 if stems else 0
-        self.next_step = (catalog.last_step() + 1 if stems else 0) if resume is True or resume is False else int(resume)
+        #: The last step recorded so far, and the step from which on the next segment answers.
+        self._reached = catalog.last_step() if self._resumes else -1
+        self.next_step = self._reached + 1 if isinstance(resume, bool) else int(resume)
+        self._claim: int | None = self.next_step
         processes: list[dict[str, Any]] = []
-        if resume is not False:
+        if self._resumes:
             old = catalog.facts()
-            processes, self._reached = old.processes, catalog.last_step()
-            info = dataclasses.replace(
-                info, parameters=merged(old.info.parameters, info.parameters), started=old.info.started
-            )
-        else:
-            self._reached = -1
-        process = {"host": info.host, "pid": info.pid, "started": time.time(), "first_step": self.next_step}
-        return Facts(info, [*processes, {**process, "status": "running", "versions": dict(info.versions)}])
+            processes = old.processes
+            parameters = merged(old.info.parameters, info.parameters)
+            info = dataclasses.replace(info, parameters=parameters, started=old.info.started)
+        process = {"host": info.host, "pid": info.pid, "started": time.time(), "ended": None, "status": "running"}
+        process |= {"first_step": self.next_step, "versions": dict(info.versions)}
+        return Facts(info, [*processes, process])
 
-    def _clear(self) -> None:
-        """Delete the run: our own files, nothing else."""
-        for name in (RUN_FILE, EVENTS_FILE):
-            self.disk.remove(self.path / name)
-        for folder in _FOLDERS:
-            if (self.path / folder).is_symlink():
-                raise RunFormatError(f"{self.path / folder} is a symbolic link, which gradwatch does not follow")
-            for file in sorted((self.path / folder).glob("*")):
-                if Stem.parse(file.name.partition(".")[0]):
-                    self.disk.remove(file)
+    def _open_events(self) -> AppendFile:
+        """The events, without a line that a dying process left torn."""
+        files = LocalFiles(self.path)
+        size = whole_lines(files.read(EVENTS_FILE)) if EVENTS_FILE in files.listing("") else 0
+        return AppendFile(self.disk, self.path / EVENTS_FILE, size=size)
 
-    def _remove_leftovers(self, folder: Path) -> None:
-        """Remove what a process left half-written when it died."""
-        if folder.is_symlink():
-            raise RunFormatError(f"{folder} is a symbolic link, which gradwatch does not follow")
-        for file in folder.glob("*" + TEMPORARY_SUFFIX):
-            self.disk.remove(file)
-
-    def _mend_events(self) -> None:
-        """End a line that a dying process left torn, so that the next one begins on its own."""
-        assert self._events is not None
-        data = LocalFiles(self.path).read(EVENTS_FILE)
-        self._events_size = len(data)
-        if len(data) != whole_lines(data):
-            self.append_events(b"\n", sync=False)
-
-    # -- writing ---------------------------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------------------------------
 
     def append(self, batch: StepBatch) -> None:
-        """Append steps to the open segment; begins another where the columns changed or the steps start over."""
+        """Append steps; begins another segment where the columns change, or steps come that are there already."""
         for rows in ascending_runs(batch.step):
             self._append(batch[rows] if rows.stop - rows.start < len(batch) else batch)
 
@@ -156,35 +121,32 @@ class Store:
             if joined != self._open.layout or first <= self._reached:
                 self.end_segment()
                 layout = joined or layout
-        if self._open is None:
-            self._begin_segment(layout, batch.parameters, min(first, self.next_step) if self._reached < 0 else first)
-        assert self._open is not None
-        self.bytes_written += self._open.append(batch)
+        segment = self._open or self._begin_segment(layout, batch.parameters, first)
+        self.bytes_written += segment.append(batch)
         self._reached = int(batch.step[-1])
         self.next_step = self._reached + 1
 
-    def _begin_segment(self, layout: Layout, parameters: tuple[Parameter, ...], first: int) -> None:
+    def _begin_segment(self, layout: Layout, parameters: tuple[Parameter, ...], first: int) -> OpenSegment:
+        first = max(0, first if self._claim is None else min(first, self._claim))
         known = merged(self.facts.info.parameters, parameters)
         if known != self.facts.info.parameters:
-            self.facts.info = dataclasses.replace(self.facts.info, parameters=known)
+            self.update({"parameters": known})
             self.write_facts(sync=False)
-        path = self.path / STEPS / f"{Stem(self._sequence, max(0, first))}{OPEN_SUFFIX}"
+        if self._resumes or first <= self._reached:
+            self.append_events(encode_event("mark", {"name": RESUMED, "step": first}), sync=False)
+        path = self.path / STEPS / f"{Stem(self._sequence, first)}{OPEN_SUFFIX}"
         self._open = OpenSegment(self.disk, path, layout)
         self._sequence += 1
+        self._claim, self._resumes = None, False
+        return self._open
 
     def append_events(self, lines: bytes, *, sync: bool) -> None:
         """Append whole lines to the events."""
-        assert self._events is not None
-        try:
-            self.disk.append(self._events, lines)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.disk.truncate(self._events, self._events_size)
-            raise
-        self._events_size += len(lines)
-        self.bytes_written += len(lines)
-        if sync:
-            self.disk.sync(self._events)
+        if self._events is not None:
+            self._events.append(lines)
+            self.bytes_written += len(lines)
+            if sync:
+                self._events.sync()
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Change fields of the `RunInfo`; `write_facts` brings them to disk."""
@@ -192,30 +154,27 @@ class Store:
 
     def write_facts(self, *, sync: bool, overhead: Mapping[str, Any] | None = None) -> None:
         """Replace `run.json`, with a new heartbeat and further numbers on gradwatch itself."""
-        info = self.facts.info
-        self.facts.info = dataclasses.replace(
-            info, heartbeat=time.time(), overhead={**info.overhead, **(overhead or {})}
-        )
+        self.update({"heartbeat": time.time(), "overhead": {**self.facts.info.overhead, **(overhead or {})}})
         data = self.facts.encode()
         self.disk.replace(self.path / RUN_FILE, data, sync=sync)
         self.bytes_written += len(data)
 
     def sync(self) -> None:
         """Make all steps and events so far safe from a power cut."""
-        if self._open is not None:
-            self._open.sync()
-        if self._events is not None:
-            self.disk.sync(self._events)
+        for file in (self._open, self._events):
+            if file is not None:
+                file.sync()
 
-    # -- sealing ---------------------------------------------------------------------------------------------------
+    # -- sealing -------------------------------------------------------------------------------------------------------
 
     @property
     def is_full(self) -> bool:
         """Whether the open segment is due to be sealed."""
         segment = self._open
-        return segment is not None and (
-            segment.size >= SEAL_BYTES or segment.rows >= SEAL_ROWS or time.monotonic() - segment.since >= SEAL_SECONDS
-        )
+        if segment is None:
+            return False
+        age = time.monotonic() - segment.since
+        return segment.size >= SEAL_BYTES or segment.rows >= SEAL_ROWS or age >= SEAL_SECONDS
 
     def end_segment(self) -> None:
         """Close the open segment; the next step begins another. `seal` turns it into Parquet."""
@@ -233,16 +192,17 @@ class Store:
                 self.bytes_written += seal(self.path, stem, self.disk)
         self.has_ended = False
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def finish(
         self, status: str, detail: str = "", *, overhead: Mapping[str, Any] | None = None, now: float | None = None
     ) -> None:
         """Seal all and write how the run ended."""
-        ended = time.time() if now is None else now
-        self.update({"status": status, "status_detail": detail, "ended": None if status == "running" else ended})
+        ended = None if status == "running" else time.time() if now is None else now
+        self.update({"status": status, "status_detail": detail, "ended": ended})
         self.facts.processes[-1] |= {"status": status, "ended": ended}
         try:
+            self.sync()
             self.end_segment()
             self.seal()
         finally:
@@ -253,7 +213,7 @@ class Store:
         with contextlib.suppress(OSError):
             self.end_segment()
         if self._events is not None:
-            os.close(self._events)
+            self._events.close()
             self._events = None
         self._lock.release()
 
@@ -262,24 +222,5 @@ def merged(old: Sequence[Parameter], new: Sequence[Parameter]) -> tuple[Paramete
     """The old parameters as the new ones describe them, then those that are only new."""
     by_name = {parameter.name: parameter for parameter in new}
     known = {parameter.name for parameter in old}
-    merged = tuple(by_name.get(p.name, p) for p in old) + tuple(p for p in new if p.name not in known)
-    return tuple(old) if merged == tuple(old) else merged
-
-
-def _look_at(path: Path) -> bool:
-    """Whether there is a run at the path.
-
-    Raises:
-        RunFormatError: When there is something else.
-    """
-    if path.exists() and not path.is_dir():
-        raise RunFormatError(f"{path} is a file, not a run directory")
-    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if not names - {LOCK_FILE}:
-        return False
-    if RUN_FILE in names:
-        with contextlib.suppress(RunCorruptError):  # a damaged one can be overwritten, and perhaps resumed
-            decode_facts(LocalFiles(path).read(RUN_FILE), str(path / RUN_FILE))
-    elif not names <= _OURS:
-        raise RunFormatError(f"{path} holds something else than a run of gradwatch: choose another directory")
-    return True
+    together = tuple(by_name.get(p.name, p) for p in old) + tuple(p for p in new if p.name not in known)
+    return tuple(old) if together == tuple(old) else together

@@ -1,0 +1,77 @@
+"""Finding out what lies at a path before anything is written there."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from gradwatch.errors import RunCorruptError, RunFormatError
+from gradwatch.storage.disk import Disk
+from gradwatch.storage.facts import decode_facts
+from gradwatch.storage.files import LocalFiles
+from gradwatch.storage.layout import (
+    EVENTS_FILE,
+    LOCK_FILE,
+    ROLLUPS,
+    RUN_FILE,
+    SAMPLES,
+    STEPS,
+    TEMPORARY_SUFFIX,
+    Stem,
+)
+
+FOLDERS = (STEPS, SAMPLES, ROLLUPS)
+_OURS = {RUN_FILE, RUN_FILE + TEMPORARY_SUFFIX, EVENTS_FILE, LOCK_FILE, *FOLDERS}
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is a run at the path; False when there is nothing, or an empty directory.
+
+    Raises:
+        RunFormatError: When there is something else, or a run of a newer version.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFormatError(f"{path} is a file, not a run directory")
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    if not names - {LOCK_FILE}:
+        return False
+    if RUN_FILE in names:
+        with contextlib.suppress(RunCorruptError):  # a damaged one can be overwritten, and perhaps resumed
+            decode_facts(LocalFiles(path).read(RUN_FILE), str(path / RUN_FILE))
+    elif not names <= _OURS:
+        raise RunFormatError(f"{path} holds something else than a run of gradwatch: choose another directory")
+    return True
+
+
+def make_folders(path: Path, disk: Disk) -> None:
+    """Create what is missing, and remove what a process left half-written when it died.
+
+    Raises:
+        RunFormatError: When a folder is a symbolic link.
+    """
+    for folder in FOLDERS:
+        _refuse_link(path / folder)
+        (path / folder).mkdir(exist_ok=True)
+        for file in (path / folder).glob("*" + TEMPORARY_SUFFIX):
+            disk.remove(file)
+
+
+def delete_run(path: Path, disk: Disk) -> None:
+    """Delete the files of a run: our own, nothing else.
+
+    Raises:
+        RunFormatError: When a folder is a symbolic link.
+    """
+    for folder in FOLDERS:
+        _refuse_link(path / folder)
+    for name in (RUN_FILE, EVENTS_FILE):
+        disk.remove(path / name)
+    for folder in FOLDERS:
+        for file in (path / folder).glob("*"):
+            if Stem.parse(file.name.partition(".")[0]):
+                disk.remove(file)
+
+
+def _refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise RunFormatError(f"{folder} is a symbolic link, which gradwatch does not follow")
