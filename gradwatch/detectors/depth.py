@@ -21,6 +21,7 @@ class Imbalance(Rule):
 
     ratio: float = threshold(200.0, above=1.0)
     alarm_ratio: float = threshold(1e4, above=1.0)
+    critical_ratio: float = threshold(500.0, above=1.0)
     fit: float = threshold(0.8, above=0.0, most=1.0)
     layers: int = threshold(6, least=3)
     patience: int = threshold(10, least=1)
@@ -44,7 +45,8 @@ class Imbalance(Rule):
         if self.count < self.patience and not at_start:
             return None
         grave = growing and (at_start or abs(profile.drop) > math.log(self.alarm_ratio))
-        severity: Severity = "warning" if grave else "info"
+        certain = at_start and profile.fit > 0.9 and -profile.drop > math.log(self.critical_ratio)
+        severity: Severity = "critical" if certain else "warning" if grave else "info"
         return Sign(
             severity=severity,
             badness=abs(profile.drop),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from gradwatch.detectors import wording
+from gradwatch.detectors.drift import Drift
+from gradwatch.detectors.drift import facts as drift_facts
 from gradwatch.detectors.life import Sign
-from gradwatch.detectors.memory import FloatArray, Kept, Mask, PerLayer
+from gradwatch.detectors.memory import FloatArray, Kept, Part
 from gradwatch.detectors.rule import Rule, threshold
 from gradwatch.detectors.signals import Signals
 from gradwatch.detectors.trend import WINDOW
@@ -48,7 +50,7 @@ class Exploding(Rule):
     rules: ClassVar[tuple[str, ...]] = ("exploding",)
     count = Kept(0)
     since = Kept(0)
-    drifting = PerLayer(False)
+    drift = Part(Drift)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while gradients are out of range or grow."""
@@ -78,21 +80,21 @@ class Exploding(Rule):
         )
 
     def _drift(self, now: Signals) -> Sign | None:
-        trend = now.trend
+        trend, drift = now.trend, self.drift
         if trend.fresh:
-            self.drifting = straight(now, self.growth, self.rise, self.certainty)
-        if not self.drifting.any():
+            drift.follow(trend, growth=self.growth, rise=self.rise, certainty=self.certainty)
+        if not drift.active.any():
             return None
-        slope = float(np.nanmax(np.where(self.drifting, trend.slope, -math.inf)))
+        slope = float(np.fmax.reduce(np.where(drift.active, trend.slope, -math.inf)))
         return Sign(
             severity="warning",
             badness=slope * WINDOW,
             value=math.expm1(slope),
             threshold=math.expm1(self.growth),
-            layers=self.drifting,
+            layers=drift.active,
             scores=trend.slope * WINDOW,
             since=max(0, now.step - WINDOW + 1),
-            facts=lambda: drift_facts(now, slope),
+            facts=lambda: drift_facts(slope, now.total),
         )
 
     def words(self, finding: Finding) -> str:
@@ -104,31 +106,6 @@ class Exploding(Rule):
             f"Gradients explode{where} since step {finding.first_step}: "
             f"{finding.value:.3g} times the largest usual norm of this run ({finding.evidence.get('usual_norm'):.3g})."
         )
-
-
-def straight(now: Signals, growth: float, rise: float, certainty: float) -> Mask:
-    """Layers whose log norm left the common course in a straight line over the whole window; negative `growth` is decay."""
-    trend, sign = now.trend, math.copysign(1.0, growth)
-    slope = sign * trend.slope
-    change = slope * WINDOW
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = (slope >= abs(growth)) & (change >= rise) & (slope >= certainty * trend.error)
-        if found.any():
-            found &= (sign * trend.early >= 0.3 * change) & (sign * trend.late >= 0.3 * change)
-    return found
-
-
-def drift_facts(now: Signals, slope: float) -> dict[str, Any]:
-    """What a drift at this slope means."""
-    return {
-        "sign": "drift",
-        "per_step": math.expm1(slope),
-        "over_steps": WINDOW,
-        "factor": math.exp(slope * WINDOW),
-        "doubling_steps": math.log(2) / slope if slope > 0 else None,
-        "halving_steps": -math.log(2) / slope if slope < 0 else None,
-        "norm": wording.exp(now.total),
-    }
 
 
 @dataclass(kw_only=True, eq=False)

@@ -21,64 +21,62 @@ class Divergence(Rule):
     ratio: float = threshold(3.0, above=1.0)
     blow_up: float = threshold(10.0, above=1.0)
     patience: int = threshold(5, least=1)
+    relapse: float = threshold(0.5, above=0.0)
+    relapse_patience: int = threshold(15, least=1)
     certainty: float = threshold(6.0, above=0.0)
 
     rule: ClassVar[str] = "divergence"
     rules: ClassVar[tuple[str, ...]] = ("divergence",)
-    since = Kept(0)
-    count = Kept(0)
+    high = Kept(0)
+    lapsed = Kept(0)
     rising = Kept(0)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while the loss is out or rises."""
         if not math.isfinite(now.loss) or now.course.seen < 2:
             return None
-        return self._level(now) or self._growth(now)
-
-    def _level(self, now: Signals) -> Sign | None:
         course, loss = now.course, now.loss
-        limit = course.start + (self.ratio - 1) * abs(course.start) + 10 * course.noise
-        if loss <= limit:
-            self.count = 0
-            return None
-        self.count += 1
-        if self.count == 1:
-            self.since = now.step
-        above = (loss - course.start) / course.scale
-        blown = above > self.blow_up
-        if self.count < self.patience and not blown:
-            return None
-        severity: Severity = "critical" if blown or self.count >= 4 * self.patience else "warning"
-        return Sign(
-            severity=severity, badness=math.log1p(above), value=loss, threshold=limit, since=self.since,
-            facts=lambda: {"sign": "level", "first_loss": course.start, "best_loss": course.best,
-                           "best_step": course.best_step},
-        )  # fmt: skip
+        start, spread = course.start, abs(course.start)
+        self.high = self.high + 1 if loss > start + (self.ratio - 1) * spread + 10 * course.noise else 0
+        lapsed = course.above_best > self.relapse and course.fast - course.best > 2 * course.noise
+        self.lapsed = self.lapsed + 1 if lapsed and not course.recent.slope < 0 else max(0, self.lapsed - 1)
+        self.rising = self.rising + 1 if self._rises(now) else 0
+        blown = loss > start + (self.blow_up - 1) * max(spread, 10 * course.noise)
+        far = course.fast > start + (self.blow_up - 1) * spread and course.fast > start + 2 * course.noise
+        if blown or self.high >= self.patience:
+            return self._sign(now, "level", self.high, grave=blown or far or self.high >= 4 * self.patience)
+        if self.lapsed >= self.relapse_patience or (far and course.seen > self.patience):
+            return self._sign(now, "relapse", self.lapsed, grave=far)
+        return self._sign(now, "growth", SPAN + self.rising - 2, grave=False) if self.rising >= 3 else None
 
-    def _growth(self, now: Signals) -> Sign | None:
-        course, line = now.course, now.course.recent
-        change = line.slope * SPAN
-        rising = (
-            line.certainty > self.certainty
-            and change > 0.1 * course.scale
-            and now.totals.slope > 0
-            and now.totals.certainty > self.certainty / 2
-        )
-        self.rising = self.rising + 1 if rising else 0
-        if self.rising < 2:
-            return None
+    def _rises(self, now: Signals) -> bool:
+        line = now.course.recent
+        steep = line.certainty > self.certainty and line.slope * SPAN > 0.15 * now.course.scale
+        return steep and now.totals.slope > 0 and now.totals.certainty > self.certainty / 2
+
+    def _sign(self, now: Signals, sign: str, steps: int, *, grave: bool) -> Sign:
+        course = now.course
+        above = max((max(course.fast, now.loss) - course.start) / course.scale, course.above_best)
         return Sign(
-            severity="warning", badness=change / course.scale, value=now.loss, threshold=course.best,
-            since=max(0, now.step - SPAN - self.rising + 2),
-            facts=lambda: {"sign": "growth", "first_loss": course.start, "best_loss": course.best,
-                           "best_step": course.best_step, "per_step": line.slope},
-        )  # fmt: skip
+            severity="critical" if grave else "warning",
+            badness=math.log1p(max(above, 0.0)),
+            value=now.loss,
+            threshold=course.best if sign != "level" else course.start + (self.ratio - 1) * abs(course.start),
+            since=max(0, now.step - max(steps, 1) + 1),
+            facts=lambda: {
+                "sign": sign,
+                "first_loss": course.start,
+                "best_loss": course.best if math.isfinite(course.best) else None,
+                "best_step": course.best_step,
+                "mean_loss": course.fast,
+            },
+        )
 
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""
         facts = finding.evidence
-        first, best = facts.get("first_loss", math.nan), facts.get("best_loss", math.nan)
-        verb = "rises steadily" if facts.get("sign") == "growth" else "diverges"
+        first, best = facts.get("first_loss", math.nan), facts.get("best_loss") or math.nan
+        verb = {"growth": "rises steadily", "relapse": "has risen"}.get(facts.get("sign", ""), "diverges")
         return (
             f"The loss {verb} since step {finding.first_step}: {finding.value:.4g}, against {first:.4g} at the start "
             f"and {best:.4g} at its best (step {facts.get('best_step', 0)})."
@@ -100,7 +98,8 @@ class Plateau(Rule):
         course = now.course
         if course.seen < self.patience or now.step - course.best_step < self.patience // 2:
             return None
-        severity: Severity = "warning" if course.fallen < self.learnt else "info"
+        flat = course.worst - course.best < 2 * course.noise + 0.01 * course.scale and course.noise < 0.3 * course.scale
+        severity: Severity = "warning" if course.fallen < self.learnt and flat else "info"
         if severity == "info" and now.step - course.best_step < self.patience:
             return None
         stale = now.step - course.best_step
@@ -124,11 +123,13 @@ class Oscillation(Rule):
     """The loss jumps up and down from step to step without falling."""
 
     alternation: float = threshold(0.5, above=0.0, most=1.0)
+    growth: float = threshold(2.0, above=1.0)
     patience: int = threshold(10, least=1)
 
     rule: ClassVar[str] = "oscillation"
     rules: ClassVar[tuple[str, ...]] = ("oscillation",)
     count = Kept(0)
+    amplitude = Kept(0.0)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while the loss alternates."""
@@ -139,7 +140,10 @@ class Oscillation(Rule):
         self.count += 1
         if self.count < self.patience:
             return None
-        severity: Severity = "warning" if course.fallen < 0.1 and not course.falling else "info"
+        if self.count == self.patience:
+            self.amplitude = course.noise
+        grows = course.noise > self.growth * self.amplitude
+        severity: Severity = "warning" if grows and not course.falling else "info"
         return Sign(
             severity=severity, badness=course.alternation * 3, value=course.alternation, threshold=self.alternation,
             since=now.step - self.count + 1,

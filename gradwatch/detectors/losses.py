@@ -7,7 +7,7 @@ import math
 from gradwatch.detectors.memory import Kept, Part, Remembers
 from gradwatch.detectors.recent import Recent
 
-#: The mean over so many first losses is where the loss began.
+#: The median of so many first losses is where the loss began.
 OPENING = 5
 
 
@@ -16,19 +16,21 @@ class LossCourse(Remembers):
 
     Attributes:
         seen: Finite losses so far.
-        start: Mean of the first five.
+        start: Lower median of the first five.
         fast, slow: Means over about 10 and 50 steps.
-        best: The least `fast` so far, reached at `best_step`.
+        best, worst: The least and the greatest `fast` so far; the best was reached at `best_step`.
         noise: Running mean of the change from step to step.
         lag1, lag2, power: Running products of the deviation from `fast` with itself one step, two steps and none before.
     """
 
     seen = Kept(0)
     start = Kept(math.nan)
+    opening = Kept[list[float]]([])
     fast = Kept(math.nan)
     slow = Kept(math.nan)
     best = Kept(math.inf)
     best_step = Kept(0)
+    worst = Kept(-math.inf)
     noise = Kept(0.0)
     last = Kept(math.nan)
     before = Kept([0.0, 0.0])
@@ -54,8 +56,8 @@ class LossCourse(Remembers):
 
     @property
     def above_best(self) -> float:
-        """How far the loss is above its best now, in shares of its first value, beyond its noise."""
-        return (self.fast - self.best - 0.6 * self.noise) / self.scale if self.seen else 0.0
+        """How far the loss is above its best now, in shares of its first value; 0 while unknown."""
+        return (self.fast - self.best) / self.scale if self.seen >= OPENING else 0.0
 
     @property
     def falling(self) -> bool:
@@ -71,9 +73,10 @@ class LossCourse(Remembers):
         """Take the finite loss of `step`."""
         self.seen += 1
         if self.seen == 1:
-            self.start = self.fast = self.slow = self.last = loss
-        elif self.seen <= OPENING:
-            self.start += (loss - self.start) / self.seen
+            self.fast = self.slow = self.last = loss
+        if self.seen <= OPENING:
+            self.opening = sorted([*self.opening, loss])
+            self.start = self.opening[(self.seen - 1) // 2]
         self._correlate(loss - self.fast)
         change = abs(loss - self.last)
         limit = 5 * self.noise + (abs(self.start) if self.seen <= OPENING else 0.0) + 1e-12 * abs(loss)
@@ -84,6 +87,8 @@ class LossCourse(Remembers):
         self.recent.add(loss)
         if self.seen >= OPENING and self.fast < self.best:
             self.best, self.best_step = self.fast, step
+        if self.seen >= OPENING:
+            self.worst = max(self.worst, self.fast)
 
     def _correlate(self, deviation: float) -> None:
         one, two = self.before

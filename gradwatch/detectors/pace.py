@@ -15,6 +15,8 @@ from gradwatch.records import NOT_MEASURED, Floats
 ABSURD = 1e6
 #: Memory of the learning rate's mean: about 20 steps.
 MEMORY = 0.05
+#: A learning rate above all that were in force until so many steps ago is new territory.
+TERRITORY = 20
 
 
 class Pace(Remembers):
@@ -25,6 +27,7 @@ class Pace(Remembers):
         growth: Its growth, nats per step, over about the last 20 steps; 0 while it is constant or unknown.
         ratio: ‖Δw‖/‖w‖ per layer at the last sample, shape (l,); NaN where unknown.
         total, previous: The same over all layers, at the last sample and the one before; NaN while unknown.
+        top_rate: The highest learning rate until 20 steps ago.
         weight_norm: Last sample per parameter, shape (p,).
         samples: How many were taken.
         fresh: Whether this step brought one.
@@ -33,6 +36,8 @@ class Pace(Remembers):
     rate = Kept(math.nan)
     mean_rate = Kept(math.nan)
     growth = Kept(0.0)
+    rates = Kept[list[float]]([])
+    top_rate = Kept(0.0)
     ratio = PerLayer(math.nan)
     total = Kept(math.nan)
     previous = Kept(math.nan)
@@ -50,6 +55,11 @@ class Pace(Remembers):
         super().grow(context)
         self._matrices = _matrices(context)
 
+    @property
+    def new_territory(self) -> bool:
+        """Whether the learning rate is rising above all that the run has stood so far."""
+        return self.growth > 0.002 and self.rate > 1.05 * self.top_rate > 0
+
     def add(self, rate: float, samples: Mapping[str, Floats]) -> None:
         """Take the learning rate and the statistics of a step."""
         self.rate = rate
@@ -60,6 +70,9 @@ class Pace(Remembers):
             lag = log - self.mean_rate
             self.growth = lag * MEMORY / (1 - MEMORY)
             self.mean_rate += MEMORY * lag
+            self.rates.append(rate)
+            if len(self.rates) > TERRITORY:
+                self.top_rate = max(self.top_rate, self.rates.pop(0))
         self.fresh = False
         weights, ratios = samples.get("weight_norm"), samples.get("update_ratio")
         if weights is not None:

@@ -51,7 +51,7 @@ class Dead(Rule):
             return None
         longest = int(self.count.max())
         severity: Severity = "critical" if everything else "warning"
-        if everything and now.course.fallen > 0.9:
+        if everything and (now.course.fallen > 0.9 or abs(now.loss) <= 0.05 * abs(now.course.start)):
             severity = "info"
         return Sign(
             severity=severity, badness=math.log(longest), value=float(longest), threshold=float(self.patience),
@@ -87,6 +87,8 @@ class Unused(Rule):
     rule: ClassVar[str] = "unused"
     rules: ClassVar[tuple[str, ...]] = ("unused",)
     waiting = PerParameter(True)
+    present = PerParameter(0)
+    conditional = Kept(False)
     steps = PerParameter(0)
     done = Kept(False)
 
@@ -108,6 +110,8 @@ class Unused(Rule):
         missing = now.row == NOT_MEASURED
         if missing.all():
             return None
+        self.conditional = self.conditional or bool((missing & (self.present > 0)).any())
+        self.present += ~missing
         self.waiting &= missing
         self.waiting &= self._trainable
         if not self.waiting.any():
@@ -121,7 +125,8 @@ class Unused(Rule):
         layers[self.context.layers.of_parameter[late]] = True
         names = [self.context.parameters[i].name for i in np.flatnonzero(late)]
         return Sign(
-            severity="warning", badness=float(len(names)), value=float(len(names)), threshold=0.0, layers=layers,
+            severity="info" if self.conditional else "warning",
+            badness=float(len(names)), value=float(len(names)), threshold=0.0, layers=layers,
             since=now.step - int(self.steps[late].max()) + 1,
             facts=lambda: {"parameters": names[:20], "count": len(names)},
         )  # fmt: skip

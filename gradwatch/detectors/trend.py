@@ -65,9 +65,8 @@ class Trend(Remembers):
         blocks = self.blocks
         self.common = 0.0
         if blocks.shape[1] >= LEAST_LAYERS:
-            course = np.median(blocks, axis=1)
-            if np.isnan(course).any():
-                course = np.nan_to_num(np.nanmedian(np.where(np.isnan(blocks), np.nan, blocks), axis=1))
+            known = ~np.isnan(blocks).any(axis=0)
+            course = np.median(blocks if known.all() else blocks[:, known], axis=1) if known.any() else np.zeros(BLOCKS)
             self.common = float(_SLOPE @ course)
             blocks = blocks - course[:, None]
         self.slope = _SLOPE @ blocks

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from gradwatch.detectors import wording
+from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
-from gradwatch.detectors.memory import Kept
+from gradwatch.detectors.memory import Kept, PerLayer
 from gradwatch.detectors.rule import Rule, threshold
 from gradwatch.detectors.signals import Signals
 from gradwatch.records import Finding
@@ -20,6 +22,8 @@ class UpdateRatio(Rule):
     """Steps change the weights by too large a share, or will soon if the learning rate goes on rising as it does."""
 
     high: float = threshold(0.1, above=0.0)
+    jump_ratio: float = threshold(0.5, above=0.0)
+    risky: float = threshold(0.05, above=0.0)
     horizon: int = threshold(20, least=1)
     calm: int = threshold(30, least=1)
 
@@ -27,48 +31,73 @@ class UpdateRatio(Rule):
     rules: ClassVar[tuple[str, ...]] = ("update_ratio",)
     held = Kept("")
     forecast = Kept(math.nan)
+    earlier = Kept(math.nan)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while updates are or will be too large."""
         pace = now.pace
         if pace.fresh:
             self.held = self._judge(now)
+            self.earlier = pace.previous
         if not self.held:
             return None
-        layers = pace.ratio > self.high
-        value = pace.total if self.held == "now" else self.forecast
+        largest = float(np.fmax.reduce(pace.ratio))
+        limit = self.jump_ratio if self.held == "jump" else self.high if self.held != "risky" else self.risky
+        value = {"jump": largest, "now": pace.total, "soon": self.forecast, "risky": pace.total}[self.held]
         return Sign(
-            severity="warning", badness=math.log(value), value=value, threshold=self.high, layers=layers,
+            severity="warning", badness=math.log(value), value=value, threshold=limit, layers=pace.ratio > limit,
             scores=np.nan_to_num(pace.ratio, nan=-math.inf),
             facts=lambda: {
-                "sign": self.held, "ratio": pace.total, "lr": pace.rate if pace.rate > 0 else None,
-                "lr_growth": pace.growth, "horizon": self.horizon,
+                "sign": self.held, "ratio": pace.total, "largest_ratio": largest,
+                "lr": pace.rate if pace.rate > 0 else None, "lr_growth": pace.growth, "horizon": self.horizon,
             },
         )  # fmt: skip
 
     def _judge(self, now: Signals) -> str:
-        pace = now.pace
+        pace, course = now.pace, now.course
+        if np.count_nonzero(pace.ratio > 0) > 1 and float(np.fmax.reduce(pace.ratio)) > self.jump_ratio:
+            return "jump"
         before = pace.previous
-        if pace.total > self.high and before > self.high and pace.total > 0.5 * before and not now.course.falling:
+        falling = course.falling or (course.known and course.seen < 25 and now.loss < course.start)
+        if min(pace.total, before) > self.high and pace.total > 0.5 * before and not falling:
             return "now"
-        self.forecast = pace.total * math.exp(min(pace.growth * self.horizon, 50))
-        if pace.growth > 0.02 and self.forecast > self.high and pace.total > 1.3 * before:
+        if not pace.new_territory:
+            return ""
+        self.forecast = _extrapolated(self.earlier, before, pace.total, self.horizon / 10)
+        if self.forecast > self.high and pace.total > 0.02:
             return "soon"
-        return ""
+        return "risky" if min(pace.total, before) > self.risky and not course.falling else ""
 
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""
-        facts = finding.evidence
-        if facts.get("sign") == "soon":
+        facts, step = finding.evidence, finding.first_step
+        sign = facts.get("sign")
+        if sign == "jump":
+            where = f" of {finding.layers[0]!r}" if finding.layers else ""
+            return f"One update at step {step} changed the weights{where} by {finding.value:.0%} of their norm."
+        if sign in ("soon", "risky"):
+            growth = math.expm1(facts.get("lr_growth", 0.0))
+            ahead = (
+                f": within {facts.get('horizon')} steps they will reach {finding.value:.2g}" if sign == "soon" else ""
+            )
             return (
-                f"The learning rate grows {math.expm1(facts['lr_growth']):.1%} a step and updates are at "
-                f"{facts['ratio']:.2g} of the weights at step {finding.last_step}: within {facts['horizon']} steps they "
-                f"will be {finding.value:.2g}, above {finding.threshold:g}."
+                f"The learning rate grows {growth:.1%} a step and is higher than ever in this run; at step {step} an "
+                f"update changes the weights by {facts.get('ratio', math.nan):.2g} of their norm{ahead}."
             )
         return (
-            f"Each update changes the weights by {finding.value:.2g} of their norm since step {finding.first_step} "
+            f"Each update changes the weights by {finding.value:.2g} of their norm since step {step} "
             f"(a healthy run is near 0.001, the limit is {finding.threshold:g}) and the loss does not fall."
         )
+
+
+def _extrapolated(first: float, second: float, third: float, samples: float) -> float:
+    """Where three samples lead: on a line, or on an exponential when the growth does not slow down; NaN unless they grow."""
+    if not 0 < first < second < third:
+        return math.nan
+    early, late = math.log(second / first), math.log(third / second)
+    if late < 0.7 * early:
+        return third + samples * (third - second)
+    return third * math.exp(min(samples * min(early, late), 50.0))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -76,33 +105,71 @@ class Stall(Rule):
     """Weights hardly move although there is a gradient and nothing was learnt."""
 
     low: float = threshold(1e-6, above=0.0)
+    layer_low: float = threshold(1e-8, above=0.0)
+    coarse: float = threshold(1e-4, above=0.0)
     samples: int = threshold(3, least=1)
     calm: int = threshold(30, least=1)
 
     rule: ClassVar[str] = "stall"
     rules: ClassVar[tuple[str, ...]] = ("stall",)
-    count = Kept(0)
+    count = PerLayer(0)
     since = Kept(0)
 
+    def begin(self, context: RunContext) -> None:
+        """Forget everything."""
+        super().begin(context)
+        self._limits(context)
+
+    def grow(self, context: RunContext) -> None:
+        """Go on with more parameters."""
+        super().grow(context)
+        self._limits(context)
+
+    def _limits(self, context: RunContext) -> None:
+        self._coarse = np.zeros(len(context.layers), dtype=bool)
+        for parameter, layer in zip(context.parameters, context.layers.of_parameter, strict=True):
+            self._coarse[layer] |= parameter.dtype in ("bfloat16", "float16")
+
     def look(self, now: Signals) -> Sign | None:
-        """A sign while the weights stand still."""
+        """A sign while weights stand still."""
         pace = now.pace
         if pace.fresh:
-            rising = pace.growth > 1e-3
-            small = pace.total < self.low and not rising and now.course.fallen < 0.05 and not math.isnan(now.total)
-            self.count = self.count + 1 if small else 0
-            if self.count == 1:
-                self.since = now.step
-        if self.count < self.samples:
+            self._sample(now)
+        layers = self.count >= self.samples
+        if not layers.any():
             return None
+        ratio = float(np.nanmin(np.where(layers, pace.ratio, math.nan)))
         return Sign(
-            severity="warning", badness=-math.log(max(pace.total, 1e-30)), value=pace.total, threshold=self.low,
-            since=self.since, facts=lambda: {"lr": pace.rate if pace.rate > 0 else None},
+            severity="warning", badness=-math.log(max(ratio, 1e-30)), value=ratio, threshold=self.low,
+            layers=layers, scores=-np.nan_to_num(pace.ratio), since=self.since,
+            facts=lambda: {
+                "lr": pace.rate if pace.rate > 0 else None, "everywhere": bool(layers.all()),
+                "rounded": bool((layers & self._coarse).any()), "ratio": pace.total,
+            },
         )  # fmt: skip
+
+    def _sample(self, now: Signals) -> None:
+        pace, course = now.pace, now.course
+        idle = pace.growth > 1e-3 or (not pace.rate > 0 and not math.isnan(pace.rate)) or now.skipped
+        if idle or course.fallen > (0.9 if course.fast < 0.1 * course.start else 0.5) or math.isnan(now.total):
+            self.count[:] = 0
+            return
+        with np.errstate(invalid="ignore"):
+            low = pace.ratio < self.layer_low
+            if course.fallen < 0.05:
+                low |= np.where(self._coarse, pace.ratio < self.coarse, False)
+                if pace.total < self.low:
+                    low |= pace.ratio < self.low
+        low &= ~np.isnan(now.logs)
+        if low.any() and not self.count.any():
+            self.since = now.step
+        self.count = np.where(low, self.count + 1, 0)
 
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""
+        everywhere = finding.evidence.get("everywhere")
+        place = "the weights" if everywhere else f"the weights{wording.where(finding)}"
         return (
-            f"Updates change the weights by only {finding.value:.1g} of their norm since step {finding.first_step} "
-            f"and the loss has not moved: nothing is being learnt."
+            f"Updates change {place} by only {finding.value:.1g} of their norm since step {finding.first_step}, "
+            f"although there is a gradient: nothing is learnt there."
         )

@@ -9,12 +9,13 @@ from typing import ClassVar
 import numpy as np
 
 from gradwatch.detectors import wording
-from gradwatch.detectors.growth import drift_facts, straight
+from gradwatch.detectors.drift import Drift
+from gradwatch.detectors.drift import facts as drift_facts
 from gradwatch.detectors.life import Sign
-from gradwatch.detectors.memory import Kept, PerLayer
+from gradwatch.detectors.memory import Kept, Part
 from gradwatch.detectors.rule import Rule, threshold
 from gradwatch.detectors.signals import Signals
-from gradwatch.detectors.trend import WINDOW
+from gradwatch.detectors.trend import LEAST_LAYERS, WINDOW
 from gradwatch.records import Finding, Severity
 
 
@@ -37,7 +38,7 @@ class Vanishing(Rule):
     low_since = Kept(0)
     first_gap = Kept(0.0)
     down_count = Kept(0)
-    drifting = PerLayer(False)
+    drift = Part(Drift)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while gradients are vanishing."""
@@ -82,7 +83,12 @@ class Vanishing(Rule):
     def _collapse(self, now: Signals) -> Sign | None:
         course = now.course
         down = now.peak - now.total_level
-        if not down > -math.log(self.collapse) or not course.known or course.fallen > 0.02:
+        stuck = course.fallen < 0.02 or (
+            course.best > 0.5 * course.start > 0
+            and now.step - course.best_step > 50
+            and course.noise > 1e-3 * course.scale
+        )
+        if not down > -math.log(self.collapse) or not course.known or not stuck:
             self.down_count = 0
             return None
         self.down_count += 1
@@ -99,21 +105,21 @@ class Vanishing(Rule):
         )  # fmt: skip
 
     def _drift(self, now: Signals) -> Sign | None:
-        trend = now.trend
+        trend, drift = now.trend, self.drift
         if trend.fresh:
-            self.drifting = straight(now, -self.decay, self.rise, self.certainty)
-        if not self.drifting.any():
+            drift.follow(trend, growth=-self.decay, rise=self.rise, certainty=self.certainty)
+        if not drift.active.any() or (len(drift.active) < LEAST_LAYERS and now.course.fallen > self.learnt):
             return None
-        slope = float(np.nanmin(np.where(self.drifting, trend.slope, math.inf)))
+        slope = float(np.fmin.reduce(np.where(drift.active, trend.slope, math.inf)))
         return Sign(
             severity="warning",
             badness=-slope * WINDOW,
             value=math.expm1(slope),
             threshold=math.expm1(-self.decay),
-            layers=self.drifting,
+            layers=drift.active,
             scores=-trend.slope * WINDOW,
             since=max(0, now.step - WINDOW + 1),
-            facts=lambda: drift_facts(now, slope),
+            facts=lambda: drift_facts(slope, now.total),
         )
 
     def words(self, finding: Finding) -> str:

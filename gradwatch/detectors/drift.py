@@ -1,0 +1,79 @@
+"""A layer whose gradient grows or shrinks steadily while the others do not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from gradwatch.detectors import wording
+from gradwatch.detectors.memory import Kept, Mask, PerLayer, Remembers
+from gradwatch.detectors.trend import BLOCKS, WINDOW, Trend
+
+#: A drift must be this many times as steep as slopes usually are in this run.
+UNUSUAL = 2.0
+#: What is usual is forgotten by 3 % each time the trend is renewed.
+FORGET = 0.97
+#: Renewals of the trend for which a layer must drift: while slopes of early training are not yet known, and afterwards.
+EARLY_PATIENCE = 6
+PATIENCE = 2
+
+
+class Drift(Remembers):
+    """Which layers drift, in one direction.
+
+    A drifting layer leaves the median layer, and moves in that direction outright: not only because the others move away.
+    Early in training layers find their level in straight lines too; so the slope is held against the steepest that this
+    run has usually had up to the window, and while that is not known a drift must last longer.
+
+    Attributes:
+        active: bool array of shape (l,).
+        usual: The steepest slope of a layer that does not drift, fading, from before the window; nats per step.
+    """
+
+    active = PerLayer(False)
+    held = PerLayer(0)
+    usual = Kept(0.0)
+    recent = Kept[list[float]]([])
+    renewals = Kept(0)
+
+    def follow(self, trend: Trend, *, growth: float, rise: float, certainty: float) -> None:
+        """Take the renewed trend; negative `growth` looks for decay."""
+        sign = math.copysign(1.0, growth)
+        candidates = self._candidates(trend, sign, abs(growth), rise, certainty)
+        self.held = np.where(candidates, self.held + 1, 0)
+        self.renewals += 1
+        self.active = self.held >= (PATIENCE if self.renewals > 2 * BLOCKS else EARLY_PATIENCE)
+        steepest = np.abs(trend.slope)
+        if candidates.any():
+            steepest = np.where(candidates, 0.0, steepest)
+        self.recent.append(float(np.fmax.reduce(steepest, initial=0.0)))
+        if len(self.recent) > BLOCKS:
+            self.usual = max(FORGET * self.usual, self.recent.pop(0))
+
+    def _candidates(self, trend: Trend, sign: float, growth: float, rise: float, certainty: float) -> Mask:
+        slope = sign * trend.slope
+        found: Mask = slope >= max(growth, UNUSUAL * self.usual)
+        if found.any():
+            change = slope * WINDOW
+            found &= (change >= rise) & (slope >= certainty * trend.error)
+            found &= np.minimum(sign * trend.early, sign * trend.late) >= 0.3 * change
+        if self.active.any():
+            found |= self.active & (slope >= 0.75 * growth) & (slope >= 0.5 * certainty * trend.error)
+        if found.any():
+            found &= slope + sign * trend.common >= 0.5 * growth
+        return found
+
+
+def facts(slope: float, total: float) -> dict[str, Any]:
+    """What a drift at this slope means."""
+    return {
+        "sign": "drift",
+        "per_step": math.expm1(slope),
+        "over_steps": WINDOW,
+        "factor": math.exp(slope * WINDOW),
+        "doubling_steps": math.log(2) / slope if slope > 0 else None,
+        "halving_steps": -math.log(2) / slope if slope < 0 else None,
+        "norm": wording.exp(total) if math.isfinite(total) else None,
+    }
