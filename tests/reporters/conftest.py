@@ -29,7 +29,9 @@ def made_runs(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     root = tmp_path_factory.mktemp("runs")
     made: dict[str, Path] = {}
 
-    def make(scenario: str = "healthy", *, name: str | None = None, steps: int = 400, parameters: Any = 24, **more: Any) -> Run:
+    def make(
+        scenario: str = "healthy", *, name: str | None = None, steps: int = 400, parameters: Any = 24, **more: Any
+    ) -> Run:
         key = repr((scenario, name, steps, parameters, sorted(more.items(), key=lambda item: item[0])))
         if key not in made:
             path = root / str(len(made)) / (name or scenario)

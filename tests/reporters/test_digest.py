@@ -104,7 +104,7 @@ def test_only_the_asked_for_layers_are_kept(made_runs: MakeRun) -> None:
 
 
 def test_a_layer_that_does_not_exist_is_an_error_that_names_it(made_runs: MakeRun) -> None:
-    with pytest.raises(UnknownNameError, match="unknown layer 'layer.1'; did you mean 'layers.1'"):
+    with pytest.raises(UnknownNameError, match=r"unknown layer 'layer.1'; did you mean 'layers.1'"):
         Digest.of(made_runs(), 50).only("layer.1")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -60,7 +61,9 @@ def floats(text: str) -> Any:
 
 @pytest.fixture(scope="module")
 def sick(made_runs: MakeRun) -> Outline:
-    action = ActionRecord("a", 300, "DecayLR", reason="exploding", before=1.0, after=0.5, outcome="helped", detail="cut it")
+    action = ActionRecord(
+        "a", 300, "DecayLR", reason="exploding", before=1.0, after=0.5, outcome="helped", detail="cut it"
+    )
     return Outline(report(made_runs("exploding", actions=(action,))))
 
 
@@ -86,7 +89,12 @@ def test_the_page_tells_actions_with_their_outcome(sick: Outline) -> None:
 
 
 def test_the_page_loads_nothing(sick: Outline) -> None:
-    loaded = [v for _, attributes in sick.elements for k, v in attributes.items() if k in ("src", "href", "srcset", "action") and v]
+    loaded = [
+        v
+        for _, attributes in sick.elements
+        for k, v in attributes.items()
+        if k in ("src", "href", "srcset", "action") and v
+    ]
 
     assert all(value.startswith(("data:", "#")) for value in loaded)
 
@@ -178,7 +186,7 @@ def test_headings_go_down_in_order(sick: Outline) -> None:
 
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
 def test_the_layer_table_has_every_layer_with_its_findings(made_runs: MakeRun) -> None:

@@ -10,8 +10,12 @@ from gradwatch.reporters.story import chapters, events, trouble
 INFO = RunInfo(tuple(Parameter(f"l{i}.weight", depth=i) for i in range(4)), status="finished")
 
 
-def found(rule: str, first: int, last: int, *, severity: Any = "critical", layers: tuple[str, ...] = (), over: bool = False) -> Finding:
-    return Finding(f"{rule}-{first}", rule, severity, first, last, layers=layers, resolved_step=last + 1 if over else None)
+def found(
+    rule: str, first: int, last: int, *, severity: Any = "critical", layers: tuple[str, ...] = (), over: bool = False
+) -> Finding:
+    return Finding(
+        f"{rule}-{first}", rule, severity, first, last, layers=layers, resolved_step=last + 1 if over else None
+    )
 
 
 def test_findings_of_a_rule_that_overlap_make_one_chapter() -> None:

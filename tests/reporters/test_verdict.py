@@ -122,7 +122,10 @@ def test_an_action_of_a_dry_run_was_not_done() -> None:
 
 
 def test_whether_it_helped_is_told_from_the_outcomes_and_the_finding() -> None:
-    actions = (ActionRecord("a", 420, "DecayLR", outcome="no effect"), ActionRecord("b", 450, "DecayLR", outcome="helped"))
+    actions = (
+        ActionRecord("a", 420, "DecayLR", outcome="no effect"),
+        ActionRecord("b", 450, "DecayLR", outcome="helped"),
+    )
 
     assert dict(verdict(over(EXPLODING, 500), actions=actions).facts)["Did it help"] == (
         "No effect; helped; it was over at step 500."
@@ -130,13 +133,18 @@ def test_whether_it_helped_is_told_from_the_outcomes_and_the_finding() -> None:
 
 
 def test_an_action_after_which_the_trouble_goes_on_is_told_so() -> None:
-    assert dict(verdict(EXPLODING, actions=(ActionRecord("a", 420, "DecayLR"),)).facts)["Did it help"] == "The trouble goes on."
+    assert (
+        dict(verdict(EXPLODING, actions=(ActionRecord("a", 420, "DecayLR"),)).facts)["Did it help"]
+        == "The trouble goes on."
+    )
 
 
 def test_a_first_sign_before_the_trouble_is_named() -> None:
     sign = Finding("s", "spike", "warning", 300, 300, layers=("l1",), resolved_step=301)
 
-    assert dict(verdict(sign, EXPLODING).facts)["What happened first"].endswith("First sign at step 300: gradients spike.")
+    assert dict(verdict(sign, EXPLODING).facts)["What happened first"].endswith(
+        "First sign at step 300: gradients spike."
+    )
 
 
 def test_every_state_has_a_word_and_a_sign() -> None:
