@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
-from gradwatch import diagnosis
 from gradwatch.detectors.base import Detector, RunContext
 from gradwatch.detectors.catalogue import CATALOGUE
+from gradwatch.detectors.evidence import symptoms
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.signals import Signals
+from gradwatch.diagnosis import diagnosed
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding, StepBatch
 
@@ -52,6 +53,7 @@ class Engine:
         self._signals.begin(context)
         self._off: set[int] = set()
         self._open: dict[str, Finding] = {}
+        self._latest: dict[str, Finding] = {}
         for detector in self._detectors:
             detector.start(context)
 
@@ -113,6 +115,7 @@ class Engine:
             "signals": self._signals.remembered(),
             "detectors": {f"{i}:{_name(d)}": d.state_dict() for i, d in enumerate(self._detectors)},
             "open": {key: finding.to_json() for key, finding in self._open.items()},
+            "latest": {rule: finding.to_json() for rule, finding in self._latest.items()},
             "off": sorted(self._off),
         }
 
@@ -129,6 +132,7 @@ class Engine:
         for name, detector in zip(names, self._detectors, strict=True):
             detector.load_state_dict(state["detectors"][name])
         self._open = {key: Finding.from_json(data) for key, data in state["open"].items()}
+        self._latest = {rule: Finding.from_json(data) for rule, data in state["latest"].items()}
         self._off = set(state["off"])
 
     def _run_rules(self, batch: StepBatch, on_error: OnError | None) -> list[Finding]:
@@ -142,13 +146,17 @@ class Engine:
                     if i not in self._off:
                         self._guarded(i, on_error, rule.step, now)
                         if rule.changes:
-                            found += [self._diagnosed(finding) for finding in rule.take()]
+                            found += self._told(rule.take())
         except Exception as error:
             if on_error is None:
                 raise
             self._off.update(i for i, _ in rules)
             on_error("signals", error)
         return found
+
+    def _told(self, findings: list[Finding]) -> list[Finding]:
+        self._latest.update((finding.rule, finding) for finding in findings)
+        return [self._diagnosed(finding) for finding in findings]
 
     def _rules(self) -> list[Rule]:
         return [d for i, d in enumerate(self._detectors) if isinstance(d, Rule) and i not in self._off]
@@ -164,7 +172,8 @@ class Engine:
             return None
 
     def _diagnosed(self, finding: Finding) -> Finding:
-        return diagnosis.diagnosed(finding, self.context)
+        evidence = symptoms(finding, self._signals, self._latest)
+        return diagnosed(evidence, framework=self.context.framework)
 
 
 def replay(batches: Iterable[StepBatch], engine: Engine) -> list[Finding]:

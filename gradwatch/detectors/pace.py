@@ -28,7 +28,9 @@ class Pace(Remembers):
         ratio: ‖Δw‖/‖w‖ per layer at the last sample, shape (l,); NaN where unknown.
         total, previous: The same over all layers, at the last sample and the one before; NaN while unknown.
         top_rate: The highest learning rate until 20 steps ago.
+        weight, first_weight: Norm of all matrices at the last and the first sample.
         weight_norm: Last sample per parameter, shape (p,).
+        first_zero: Matrices that were all zero at the first sample, shape (p,).
         samples: How many were taken.
         fresh: Whether this step brought one.
     """
@@ -42,7 +44,11 @@ class Pace(Remembers):
     total = Kept(math.nan)
     previous = Kept(math.nan)
     weight_norm = PerParameter(math.nan)
+    first_zero = PerParameter(False)
+    weight = Kept(math.nan)
+    first_weight = Kept(math.nan)
     samples = Kept(0)
+    looked = Kept(False)
     fresh = Kept(False)
 
     def begin(self, context: RunContext) -> None:
@@ -59,6 +65,12 @@ class Pace(Remembers):
     def new_territory(self) -> bool:
         """Whether the learning rate is rising above all that the run has stood so far."""
         return self.growth > 0.002 and self.rate > 1.05 * self.top_rate > 0
+
+    @property
+    def spread(self) -> float:
+        """Largest over smallest update ratio of the layers at the last sample; NaN while not known."""
+        ratios = self.ratio[self.ratio >= 0]
+        return float(ratios.max() / ratios.min()) if len(ratios) > 1 and ratios.min() > 0 else math.nan
 
     def add(self, rate: float, samples: Mapping[str, Floats]) -> None:
         """Take the learning rate and the statistics of a step."""
@@ -77,6 +89,8 @@ class Pace(Remembers):
         weights, ratios = samples.get("weight_norm"), samples.get("update_ratio")
         if weights is not None:
             np.copyto(self.weight_norm, weights, where=weights != NOT_MEASURED)
+            if not self.looked:
+                self.first_zero, self.looked = self._matrices & (self.weight_norm == 0.0), True
             if ratios is not None:
                 self._sample(np.asarray(weights, dtype=np.float64), np.asarray(ratios, dtype=np.float64))
 
@@ -94,6 +108,9 @@ class Pace(Remembers):
             self.ratio = np.sqrt(np.bincount(places, moved, layers) / weight)
         total = float(weight.sum())
         self.previous, self.total = self.total, math.sqrt(moved.sum() / total) if total > 0 else math.nan
+        self.weight = math.sqrt(total)
+        if not self.samples:
+            self.first_weight = self.weight
         self.samples += 1
         self.fresh = True
 

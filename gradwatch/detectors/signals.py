@@ -10,6 +10,7 @@ import numpy as np
 from gradwatch.detectors.losses import LossCourse
 from gradwatch.detectors.memory import Kept, Part, PerLayer, Remembers
 from gradwatch.detectors.pace import Pace
+from gradwatch.detectors.past import Opening, Sizes
 from gradwatch.detectors.profile import DepthProfile
 from gradwatch.detectors.recent import Recent
 from gradwatch.detectors.trend import Trend
@@ -43,6 +44,8 @@ class Signals(Remembers):
         total_level, total_spread: The same of `total`.
         peak: The highest that `total_level` has been.
         loss: The loss of this step; NaN where not known. `has_loss` tells a NaN loss from none.
+        opening, sizes: What the first step showed; the distribution of the global norm.
+        stable_rate: The learning rate when the loss was at its best.
         skipped: Why the optimizer did not step, or "".
         samples: Statistics taken at this step, name to row.
     """
@@ -61,6 +64,9 @@ class Signals(Remembers):
     profile = Part(DepthProfile)
     pace = Part(Pace)
     totals = Part(Recent)
+    opening = Part(Opening)
+    sizes = Part(Sizes)
+    stable_rate = Kept(math.nan)
 
     @property
     def total_rise(self) -> float:
@@ -105,11 +111,16 @@ class Signals(Remembers):
         """Bring up to date what may know this step."""
         if math.isfinite(self.loss):
             self.course.add(self.loss, self.step)
+            if self.course.best_step == self.step or self.index == 0:
+                self.stable_rate = rate
         self.pace.add(rate, self.samples)
         if self.skipped == "grad_scaler":
             return
         self.totals.add(self.total)
+        self.sizes.add(self.total)
         self.profile.add(self.logs, self.clean)
+        if not self.opening.seen:
+            self.opening.take(self.total, self.logs, self.profile)
         self.trend.add(self.logs if self.clean else np.where(np.isnan(self.logs), self.level, self.logs))
 
     def _learn(self) -> None:
