@@ -50,11 +50,11 @@ def page_data(summary: Summary, whole: Digest, closeup: Digest | None) -> dict[s
         "whole": _view(whole),
         "closeup": _view(closeup) if closeup is not None and len(closeup) else None,
         "panels": [
-            {"label": label, "series": series, "log": _spread(whole, series[0][0])} for label, series in _PANELS
+            {"label": label, "series": series, "log": label != "lr" and _spread(whole, series[0][0])} for label, series in _PANELS
         ],
         "findings": [_box(c, place) for c in _gravest(summary)],
         "actionSteps": sorted({a.step for a in summary.actions if not a.dry_run})[:MOST_ACTION_MARKS],
-        "onset": _onset(summary.root),
+        "onset": _onset(summary),
         "worst": [place[name] for name in (summary.root.layers if summary.root else ()) if name in place][:12],
         "profile": [_profile(whole, row, summary.root) for row in rows],
         "fit": _fit(whole, rows),
@@ -117,12 +117,15 @@ def _box(chapter: Chapter, place: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _onset(root: Chapter | None) -> dict[str, Any] | None:
-    if root is None:
+def _onset(summary: Summary) -> dict[str, Any] | None:
+    root = summary.root
+    if root is None or summary.trouble is None:
         return None
+    lasts = summary.trouble.is_open or root.last_step > root.first_step
     at = f"step {words.step(root.first_step)}"
     return {
         "step": root.first_step, "severity": root.severity, "text": f"{words.phrase(root.rule)}: {at}", "short": at,
+        "lasts": lasts,
     }  # fmt: skip
 
 

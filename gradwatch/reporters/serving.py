@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+import socket
 from pathlib import Path
 
 from gradwatch.errors import ConfigurationError, MissingDependencyError
@@ -31,15 +32,23 @@ def serve(root: Path, *, host: str = "127.0.0.1", port: int = 8378, token: str |
     except ImportError as error:
         raise MissingDependencyError.of(error.name or "starlette", extra="serve") from error
     needed = token_for(host, token)
-    config = uvicorn.Config(live_app(root, host=host, token=needed), host=host, port=port, log_level="warning")
+    with listen(host, port) as open_socket:
+        where = f"http://{f'[{host}]' if ':' in host else host}:{open_socket.getsockname()[1]}/"
+        print(f"Serving {root} at {where}{f'?token={needed}' if needed else ''} (Ctrl-C ends)", flush=True)  # noqa: T201
+        config = uvicorn.Config(live_app(root, host=host, token=needed), log_level="warning")
+        uvicorn.Server(config).run(sockets=[open_socket])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at this address.
+
+    Raises:
+        ConfigurationError: The address is in use, or not this machine's.
+    """
     try:
-        socket = config.bind_socket()
-    except SystemExit as error:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: address in use or not this machine's") from error
-    where = f"http://{f'[{host}]' if ':' in host else host}:{socket.getsockname()[1]}/"
-    print(f"Serving {root} at {where}{f'?token={needed}' if needed else ''} (Ctrl-C ends)", flush=True)  # noqa: T201
-    with socket:
-        uvicorn.Server(config).run(sockets=[socket])
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 def token_for(host: str, token: str | None) -> str | None:

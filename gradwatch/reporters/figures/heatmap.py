@@ -158,7 +158,8 @@ def _onset(ax: Axes, digest: Digest, root: Chapter | None, theme: Theme) -> None
     if root is None:
         return
     colour = theme.severity[root.severity]
-    ax.axvline(root.first_step, color=colour, lw=1.2, ls=(0, (4, 2)), zorder=5)
+    if root.is_open or root.last_step > root.first_step:
+        ax.axvline(root.first_step, color=colour, lw=1.2, ls=(0, (4, 2)), zorder=5)
     left, right = digest.edges[0], digest.edges[-1]
     late = (root.first_step - left) > 0.5 * (right - left)
     text = f"{words.phrase(root.rule)}, step {words.step(root.first_step)}"

@@ -96,7 +96,11 @@ def _panel(ax: Axes, digest: Digest, name: str, theme: Theme) -> None:
         values.append(lowered.low)
     everything = np.concatenate(values)
     finite = everything[np.isfinite(everything)]
-    if finite.size and finite.min() > 0 and (name == "global_norm" or finite.max() > 20 * finite.min()):
+    if (
+        finite.size
+        and finite.min() > 0
+        and (name == "global_norm" or (name == "loss" and finite.max() > 20 * finite.min()))
+    ):
         style.log_axis(ax, finite)
     skipped = digest.metric("skipped")
     if skipped is not None and (skipped.high > 0).any() and name == "global_norm":

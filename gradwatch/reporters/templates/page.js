@@ -142,7 +142,7 @@
     }
     if (data.onset) {
       const late = data.onset.step > (left + right) / 2;
-      shapes.push({ type: "line", xref: "x", yref: "paper", x0: data.onset.step, x1: data.onset.step, y0: 0, y1: 1.01, line: { color: colours[data.onset.severity], width: 1.6, dash: "dash" } });
+      shapes.push({ type: "line", xref: "x", yref: "paper", x0: data.onset.step, x1: data.onset.step, y0: data.onset.lasts ? 0 : rows.top, y1: 1.01, line: { color: colours[data.onset.severity], width: 1.6, dash: "dash" } });
       annotations.push({ xref: "x", yref: "paper", x: data.onset.step, y: 1.01, yanchor: "bottom", xanchor: late ? "right" : "left", showarrow: false,
         text: `<b>${inert(narrow() ? data.onset.short : data.onset.text)}</b>`, font: { color: colours[data.onset.severity], size: 13 } });
     }
@@ -168,7 +168,7 @@
       yaxis: { domain: [0, heatHeight / inner], range: [n - 0.5, -0.5], showgrid: false, zeroline: false, ...layerTicks(heatHeight, -0.5, n - 0.5) },
     };
     const traces = heatmap(view, colours, "y", { y: heatHeight / inner / 2, len: heatHeight / inner, x: 1.01, tickfont: { size: 11 } });
-    const rows = { heat: "y", lines: [] };
+    const rows = { heat: "y", lines: [], top: heatHeight / inner };
     let bottom = heatHeight + gap;
     [...panels].reverse().forEach((panel, i) => {
       const axis = `y${i + 2}`;
