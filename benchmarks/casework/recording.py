@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.casework.case import Case, Losses, Training
+from benchmarks.casework.case import Case, Losses, Outcome, Training
 from benchmarks.casework.recorder import Recorder
 from benchmarks.casework.training import run
 from gradwatch.records import Parameter, Samples, StepBatch
@@ -182,6 +182,11 @@ def load(path: str | Path) -> Recorded:
 def load_batches(path: str | Path) -> list[StepBatch]:
     """The steps of a recorded run, one batch a step, as a live run feeds its detectors."""
     return list(load(path).batch.split(1))
+
+
+def outcome_of(case: Case, seed: int, path: str | Path) -> Outcome:
+    """How a recorded run of `case` ended."""
+    return case.judge(load(path).losses, seed)
 
 
 def truth(path: str | Path) -> dict[str, Any]:

@@ -123,14 +123,14 @@ def drift(layer: int, growth: float) -> Training:
     model = mlp(64, 64, 64, 64, 10)
     weight = [module for module in model if isinstance(module, nn.Linear)][layer].weight
     others = [parameter for parameter in model.parameters() if parameter is not weight]
-    groups: list[dict[str, Any]] = [{"params": [weight]}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": [weight]}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
 
     def tilt(k: int) -> None:
         factor = growth ** min(max(0, k - DRIFT_START), 250)
         if weight.grad is not None:
             weight.grad.mul_(factor)
-        optimizer.param_groups[0]["lr"] = 0.1 / factor
+        optimizer.param_groups[1]["lr"] = 0.1 / factor
 
     return supervised(model, optimizer, epochs(*digits(), size=64), steps=DRIFT_START + 300, before_step=tilt)
 
