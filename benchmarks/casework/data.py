@@ -33,7 +33,8 @@ def recipe(function: Recipe) -> Recipe:
 def one_hot(labels: Any) -> Array:
     """Labels 0..k-1, shape (n,), as (n, k)."""
     labels = np.asarray(labels, dtype=np.int64)
-    return np.eye(int(labels.max()) + 1)[labels]
+    rows: Array = np.eye(int(labels.max()) + 1)[labels]
+    return rows
 
 
 def unit_range(values: Array) -> Array:
@@ -201,7 +202,7 @@ def mlc1000(options: Mapping[str, Any], seed: int) -> tuple[Array, Array]:
 
 @recipe
 def sin_dir(options: Mapping[str, Any], seed: int) -> tuple[Array, Array]:
-    wave = np.round(np.sin(2 * np.pi * np.arange(241) / 100), 9)
+    wave: Array = np.sin(2 * np.pi * np.arange(241) / 100).astype(float).round(9)
     x = np.column_stack([wave[1:], wave[:-1]])
     return x, (x[:, :1] >= x[:, 1:]).astype(float)
 
@@ -216,7 +217,7 @@ def lin8(options: Mapping[str, Any], seed: int) -> tuple[Array, Array]:
 
 @recipe
 def line100(options: Mapping[str, Any], seed: int) -> tuple[Array, Array]:
-    x = np.column_stack([np.arange(100), np.ones(100)])
+    x: Array = np.column_stack([np.arange(100.0), np.ones(100)])
     return x, x @ np.array([[2.0], [4.0]]) + 10 * np.random.RandomState(seed).rand(100, 1)
 
 

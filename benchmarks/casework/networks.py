@@ -68,7 +68,7 @@ class SequentialBuilder:
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = list(shape)
         self.modules: list[nn.Module] = []
-        self.penalised: list[tuple[nn.Parameter, float]] = []
+        self.penalised: list[tuple[Tensor, float]] = []
 
     def add(self, layer: Spec) -> None:
         getattr(self, "_" + layer["t"])(layer)
@@ -147,7 +147,8 @@ class LastState(nn.Module):
         super().__init__()
         width = layer["n"]
         self.lstm = nn.LSTM(size, width, batch_first=True)
-        self.lstm.bias_ih_l0.data[width : 2 * width] = 1
+        with torch.no_grad():
+            dict(self.lstm.named_parameters())["bias_ih_l0"][width : 2 * width] = 1
 
     def forward(self, x: Tensor) -> Tensor:
         states: Tensor = self.lstm(x)[0]
@@ -194,7 +195,8 @@ class Block(nn.Module):
         q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.projection(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(self.gelu(self.up(self.norm2(x))))
+        out: Tensor = x + self.down(self.gelu(self.up(self.norm2(x))))
+        return out
 
 
 class CharacterModel(nn.Module):
@@ -222,7 +224,7 @@ class CharacterModel(nn.Module):
         return logits
 
 
-def sequential(layers: Sequence[Spec], shape: Sequence[int]) -> tuple[nn.Module, list[tuple[nn.Parameter, float]]]:
+def sequential(layers: Sequence[Spec], shape: Sequence[int]) -> tuple[nn.Module, list[tuple[Tensor, float]]]:
     """The network of a layer list for samples of `shape`, and its weights that have an L2 penalty, with its factor."""
     builder = SequentialBuilder(shape)
     for layer in layers:

@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_a_seed_gives_the_same_losses_again() -> None:
 def test_a_layer_list_becomes_ordinary_modules() -> None:
     dense = {"t": "dense", "n": 3, "act": "relu", "w": "he_uniform", "b": "zeros"}
     conv = {"t": "conv", "n": 2, "k": 3, "act": "tanh", "w": "glorot_uniform", "b": "zeros", "pad": "same"}
-    layers = [conv, {"t": "maxpool", "k": 2}, {"t": "flatten"}, dense]
+    layers: list[dict[str, Any]] = [conv, {"t": "maxpool", "k": 2}, {"t": "flatten"}, dense]
     model, penalised = sequential(layers, (1, 8, 8))
     assert [type(module).__name__ for module in model.children()] == [
         "Conv2d", "Tanh", "MaxPool2d", "Flatten", "Linear", "ReLU",

@@ -95,7 +95,7 @@ def saturated_sigmoid_output() -> Training:
     """Squared loss on a sigmoid that starts far out in its flat part."""
     x, y = digits()
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1), nn.Sigmoid())
-    nn.init.constant_(model[2].bias, 18.0)
+    nn.init.constant_(dict(model.named_parameters())["2.bias"], 18.0)
     target = (y < 5).float()[:, None]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return supervised(model, optimizer, epochs(x, target, size=32), F.mse_loss, steps=500)
@@ -123,7 +123,7 @@ def tanh_saturated_by_inputs() -> Training:
 def relu_born_dead() -> Training:
     """A bias of -8 in the second layer: no unit is ever active."""
     model = mlp(64, 64, 64, 10)
-    nn.init.constant_(model[2].bias, -8.0)
+    nn.init.constant_(dict(model.named_parameters())["2.bias"], -8.0)
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs(*digits(), size=32), steps=400)
 
 
@@ -274,6 +274,7 @@ def saturating_gan_loss() -> Training:
         saved = (1 - model["discriminator"](fake)).clamp(1e-7, 1).log().mean()
         saved.backward()
         second.step()
-        return (doubt + saved).detach() + math.log(4)
+        loss: Tensor = (doubt + saved).detach() + math.log(4)
+        return loss
 
     return Training(model, [first, second], step, 500)

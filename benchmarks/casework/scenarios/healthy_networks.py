@@ -243,7 +243,8 @@ def reinforce_bandit() -> Training:
         optimizer.zero_grad()
         surrogate.backward()
         optimizer.step()
-        return 1 - reward.mean()
+        missed: Tensor = 1 - reward.mean()
+        return missed
 
     return Training(model, optimizer, step, 1500)
 

@@ -60,8 +60,8 @@ def heavy_tailed_squared() -> Training:
 def zero_initialised_last_layer() -> Training:
     """All layers but the last have a gradient of exactly zero at step 0."""
     model = mlp(64, 64, 64, 10)
-    nn.init.zeros_(model[-1].weight)
-    nn.init.zeros_(model[-1].bias)
+    for parameter in model[-1].parameters():
+        nn.init.zeros_(parameter)
     return supervised(model, torch.optim.SGD(model.parameters(), lr=0.1), epochs(*digits(), size=32), steps=800)
 
 
@@ -273,7 +273,8 @@ class Experts(nn.Module):
             rows = chosen == index
             if rows.any():
                 outputs = outputs.index_put((rows,), expert(x[rows]))
-        return outputs * best * 4
+        mixed: Tensor = outputs * best * 4
+        return mixed
 
 
 @healthy()
