@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
 from gradwatch.detectors.engine import Engine
 from gradwatch.faults import Faults
-from gradwatch.records import ActionRecord, Finding, StepBatch
+from gradwatch.records import ActionRecord, Finding, RunInfo, StepBatch
 from gradwatch.writer import RunWriter
+
+Note = Callable[[str, Mapping[str, Any]], None]
 
 
 class Listener(Protocol):
-    """What an alert channel or a sink is to the monitor; each has its own thread and queue and returns at once."""
+    """What an alert channel or a sink is to the monitor; each has its own thread and queue and returns at once.
 
+    `open` comes before the first step. Its `note` adds an event to the record, from any thread.
+    """
+
+    def open(self, info: RunInfo, run_dir: Path, *, first_step: int, note: Note) -> None: ...
     def steps(self, batch: StepBatch) -> None: ...
     def finding(self, finding: Finding) -> None: ...
     def action(self, record: ActionRecord) -> None: ...
-    def close(self) -> None: ...
+    def close(self, status: str, detail: str) -> None: ...
 
 
 class Monitor:
@@ -44,6 +51,12 @@ class Monitor:
     ) -> None:
         self.writer, self.engine, self.policy, self.listeners, self.faults = writer, engine, policy, listeners, faults
         self.findings: dict[str, Finding] = {}
+
+    def open(self, info: RunInfo, run_dir: Path, first_step: int) -> None:
+        """Tell the listeners which run begins; before the first step."""
+        for listener in self.listeners:
+            begin, name = listener.open, type(listener).__name__
+            self.faults.call(name, begin, info, run_dir, first_step=first_step, note=self._event, default=None)
 
     def feed(self, batch: StepBatch) -> Due | None:
         """Record the batch, look for findings, tell about them, and say what is due before the next step."""
@@ -93,7 +106,7 @@ class Monitor:
             if self.findings.get(finding.id) != finding:
                 self.report(finding)
         for listener in self.listeners:
-            self.faults.call(type(listener).__name__, listener.close, default=None)
+            self.faults.call(type(listener).__name__, listener.close, status, detail, default=None)
         if self.writer:
             self.faults.call("writer", self.writer.update_info, overhead=overhead, default=None)
             self.faults.call("writer", self.writer.close, status, detail, default=None)
@@ -101,7 +114,7 @@ class Monitor:
     def _detect(self, batch: StepBatch) -> list[Finding]:
         return self.engine.update(batch, on_error=lambda name, error: self.faults.note(f"detector {name}", error))
 
-    def _event(self, kind: str, data: dict[str, Any], *, sync: bool = False) -> None:
+    def _event(self, kind: str, data: Mapping[str, Any], *, sync: bool = False) -> None:
         if self.writer:
             self.faults.call("writer", self.writer.event, kind, data, sync=sync, default=None)
 

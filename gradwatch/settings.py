@@ -23,8 +23,9 @@ class Settings:
         detectors: "default", or a list of rule names, detectors, and functions of a step batch.
         actions: Remedies, as a list, a `Ladder`, or the name of a preset: `protect`, `repair`, `rebuild`; none by default:
             watching alone changes nothing.
-        alerts: Channels that tell people.
-        sinks: Where numbers are mirrored live.
+        alerts: Channels that tell people: those of `gradwatch.alerts`, functions that take a message, or words that
+            `gradwatch.alerts.channel_named` knows.
+        sinks: Where numbers are mirrored live: those of `gradwatch.sinks`.
         stats_every: Steps between samples of the dearer statistics (weight norm, update ratio, ...).
         check_every: Steps between looks at the record; findings are the same, later by up to this many steps.
         flush_every: Steps that a killed process loses at most.
@@ -38,7 +39,7 @@ class Settings:
     run_dir: str | os.PathLike[str] | None = None
     detectors: str | Sequence[str | Detector | Callable[[StepBatch], Iterable[Finding]]] = "default"
     actions: str | Sequence[Action] = ()
-    alerts: Sequence[Listener] = ()
+    alerts: Sequence[Any] = ()
     sinks: Sequence[Listener] = ()
     stats_every: int = 10
     check_every: int = 1
@@ -56,6 +57,14 @@ class Settings:
                 raise ConfigurationError.of(name, "an integer >= 1", value)
         if not self.flush_seconds > 0:
             raise ConfigurationError.of("flush_seconds", "> 0", self.flush_seconds)
+        if self.alerts:
+            from gradwatch.alerts import as_channels
+
+            object.__setattr__(self, "alerts", tuple(as_channels(self.alerts)))
+        if self.sinks:
+            from gradwatch.sinks import checked_sinks
+
+            object.__setattr__(self, "sinks", checked_sinks(self.sinks))
         if self.resume and self.overwrite:
             raise ConfigurationError("'resume' and 'overwrite' exclude each other")
 

@@ -65,9 +65,10 @@ class Watcher:
         self._policy = Policy(self.settings.actions, dry_run=self.settings.dry_run)
         self._engine = Engine(self.settings.detectors, self._context())
         self._loaded: Mapping[str, Any] = {}
+        info = self._info()
         self._writer = RunWriter(
             self.settings.run_dir or default_run_dir(),
-            self._info(),
+            info,
             overwrite=self.settings.overwrite,
             resume=self.settings.resume,
             flush_every=self.settings.flush_every,
@@ -85,6 +86,7 @@ class Watcher:
         self._closed = False
         self._pid = os.getpid()
         self._exit = _close_at_exit(self)
+        self.monitor.open(info, self.run_dir, self._next_step)
 
     @property
     def run_dir(self) -> Path:
