@@ -37,6 +37,9 @@ MODULE_STATISTICS = ("activation_mean", "activation_std", "saturated_fraction", 
 #: Metrics that every step has; users add their own with `watcher.log`.
 METRICS = ("time", "step_time", "hook_time", "loss", "lr", "lr_factor", "global_norm", "clip_coefficient", "skipped")
 
+#: The metric that is 1 at the first step after a remedy gave the network other weights: detectors begin anew there.
+RENEWED = "renewed"
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
+
 from gradwatch.detectors.base import Detector, RunContext
 from gradwatch.detectors.catalogue import CATALOGUE
 from gradwatch.detectors.evidence import symptoms
@@ -13,7 +15,7 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.signals import Signals
 from gradwatch.diagnosis import diagnosed
 from gradwatch.errors import ConfigurationError, UnknownNameError
-from gradwatch.records import Finding, StepBatch
+from gradwatch.records import RENEWED, Finding, StepBatch
 
 OwnRule = Callable[[StepBatch], Iterable[Finding]]
 Chosen = str | type[Detector] | Detector | OwnRule
@@ -78,6 +80,26 @@ class Engine:
         """
         if len(batch.parameters) > len(self.context.parameters):
             self.extend(dataclasses.replace(self.context, parameters=batch.parameters))
+        found: list[Finding] = []
+        begun = 0
+        for row in np.flatnonzero(batch.metric(RENEWED) == 1.0).tolist():
+            found += self._update(batch[begun:row], on_error) + self._renew(int(batch.step[row]))
+            begun = row
+        return found + self._update(batch[begun:] if begun else batch, on_error)
+
+    def _renew(self, step: int) -> list[Finding]:
+        """Learn anew from `step` on, where a remedy gave the network other weights: what was found is over."""
+        over = [dataclasses.replace(finding, resolved_step=step) for finding in self.open_findings]
+        self._signals.begin(self.context)
+        for detector in self._detectors:
+            detector.start(self.context)
+        self._open.clear()
+        self._latest.clear()
+        return over
+
+    def _update(self, batch: StepBatch, on_error: OnError | None) -> list[Finding]:
+        if not len(batch):
+            return []
         found = self._run_rules(batch, on_error)
         for i, detector in enumerate(self._detectors):
             if not isinstance(detector, Rule) and i not in self._off:
