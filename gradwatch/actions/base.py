@@ -134,7 +134,7 @@ class BetweenStepsAction(Action):
         min_severity: Findings below this severity do not call for it.
         within: Steps within which the finding must be gone; else the remedy did not help.
         tries: How often in a row it may fail to help against one rule before it is not tried again for it.
-        confirm: Steps that a finding must have stood before it calls for this.
+        confirm: Steps that a warning must have stood before it calls for this; a third of it for a critical finding.
     """
 
     default_on: ClassVar[tuple[str, ...]] = ()
@@ -142,6 +142,8 @@ class BetweenStepsAction(Action):
     priority: ClassVar[int] = 50
     #: Whether what the detectors learnt about the run no longer holds after it.
     renews: ClassVar[bool] = False
+    #: Whether the weights begin anew.
+    begins_anew: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -202,6 +204,8 @@ class RunState:
         best_loss: The lowest that `loss` has been.
         learns: Whether the loss has fallen, lately or well below where it began; False while none is known.
         recovery: Step and factor at which the learning rate began its way back; None when it is not on it.
+        began: The first step of the present weights: 0, or that of the last initialisation.
+        recovered: Whether it was on its way back before.
         failures: "action:rule" to how often in a row the action did not help against the rule.
     """
 
@@ -214,6 +218,8 @@ class RunState:
     best_loss: float = math.inf
     learns: bool = False
     recovery: tuple[int, float] | None = None
+    recovered: bool = False
+    began: int = 0
     failures: dict[str, int] = field(default_factory=dict)
 
     def failed(self, action: str, rule: str) -> int:

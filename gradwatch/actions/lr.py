@@ -15,8 +15,6 @@ SHAPES = {
     "exponential": lambda start, share: start ** (1.0 - share),
     "cosine": lambda start, share: start + (1.0 - start) * (1.0 - math.cos(math.pi * share)) / 2.0,
 }
-#: On the way back the factor rises in steps of at least this ratio, so that the record stays readable.
-_STRIDE = 1.1
 
 
 class DecayLR(BetweenStepsAction):
@@ -28,7 +26,7 @@ class DecayLR(BetweenStepsAction):
         factor: Multiply gradwatch's factor by this each time; between 0 and 1.
         min_factor: The factor never falls below this.
         recover: Steps of the way back to the full rate; None stays down.
-        hold: Steps without any finding before the way back begins; doubled with each further decay.
+        hold: Steps without any finding before the way back begins. A relapse ends it: then the rate stays down.
         shape: `exponential` or `cosine`, of the way back.
         on: Rules that call for it.
         cooldown: Steps between two decays.
@@ -85,18 +83,19 @@ class DecayLR(BetweenStepsAction):
         """See `BetweenStepsAction.recover`."""
         if self.way_back is None or state.lr_factor >= 1.0 or state.well_since is None:
             return None
-        decays = max(1, state.times.get(self.name, 1))
-        if state.recovery is None and step - state.well_since < self.hold * 2 ** (decays - 1):
-            return None
+        before = state.lr_factor
         if state.recovery is None:
-            state.recovery = (step, state.lr_factor)
+            if state.recovered or step - state.well_since < self.hold:
+                return None
+            state.recovery, state.recovered = (step, before), True
+            detail = f"learning rate on its way back from {before:.4g}, to be whole again in {self.way_back} steps"
+            return Due(self, detail, before=before, after=before, lr_factor=before)
         begun, start = state.recovery
         share = min(1.0, (step - begun) / self.way_back)
-        after = SHAPES[self.shape](start, share)
-        if share < 1.0 and after < _STRIDE * state.lr_factor:
+        state.lr_factor = SHAPES[self.shape](start, share)
+        if share < 1.0:
             return None
-        detail = f"learning rate on its way back: scaled by {after:.4g} (was {state.lr_factor:.4g})"
-        return Due(self, detail, before=state.lr_factor, after=after, lr_factor=after)
+        return Due(self, "learning rate whole again", before=before, after=1.0, lr_factor=1.0)
 
     def config(self) -> dict[str, Any]:
         """See `Action.config`."""

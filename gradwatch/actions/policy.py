@@ -104,7 +104,16 @@ class Policy:
         if due.action.renews and not self.dry_run:
             self._open.clear()
             self._course.renew()
+        if due.action.begins_anew and not self.dry_run:
+            self._begin_anew(step)
         return record
+
+    def _begin_anew(self, step: int) -> None:
+        """Other weights: what milder remedies did for the old ones counts no longer."""
+        self.state.began = step
+        final = [self._keys[id(action)] for action in self.between if action.begins_anew]
+        failures = self.state.failures.items()
+        self.state.failures = {name: count for name, count in failures if name.partition(":")[0] in final}
 
     def failed(self, due: Due, step: int, why: str) -> ActionRecord:
         """Note that `due` could not be applied: it counts as a remedy that did not help."""
@@ -112,6 +121,16 @@ class Policy:
         if due.finding is not None:
             self._note_failure(self._keys[id(due.action)], due.finding.rule)
         return record
+
+    @property
+    def is_well(self) -> bool:
+        """Whether no finding of concern is open and no remedy is on trial: a state worth going back to."""
+        return self._trial is None and not any(finding.severity != "info" for finding in self._open.values())
+
+    def pass_over(self, due: Due) -> None:
+        """Note that `due` has nothing to do here, and need not be asked again for its rule."""
+        if due.finding is not None:
+            self.state.failures[f"{self._keys[id(due.action)]}:{due.finding.rule}"] = due.action.tries
 
     def take_news(self) -> list[ActionRecord]:
         """Outcomes and other records that came up since the last call."""
@@ -126,7 +145,6 @@ class Policy:
                 self._given_up.remove(finding.rule)
         if self._open:
             self.state.well_since = None
-            self.state.recovery = None
         elif self.state.well_since is None:
             self.state.well_since = step
 
@@ -165,18 +183,23 @@ class Policy:
         return None
 
     def _answering(self, finding: Finding) -> Iterator[BetweenStepsAction]:
-        """The actions that may still be applied to a finding, now or later, in order."""
-        for action in self.between:
-            key = self._keys[id(action)]
-            within_limit = action.max_times is None or self.state.times.get(key, 0) < action.max_times
+        """The actions that may still be applied to a finding, now or later: first those beyond the last that failed."""
+        is_spent = [self.state.failed(self._keys[id(a)], finding.rule) >= a.tries for a in self.between]
+        rung = max((place for place, spent in enumerate(is_spent) if spent), default=-1)
+        order = sorted(
+            enumerate(self.between), key=lambda entry: (isinstance(entry[1], Stop), entry[0] < rung, entry[0])
+        )
+        for place, action in order:
+            times = self.state.times.get(self._keys[id(action)], 0)
+            within_limit = action.max_times is None or times < action.max_times
             severe = SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
-            fresh = self.state.failed(key, finding.rule) < action.tries
-            if finding.rule in action.on and within_limit and severe and fresh:
+            if finding.rule in action.on and within_limit and severe and not is_spent[place]:
                 yield action
 
     def _is_time(self, action: BetweenStepsAction, finding: Finding, step: int) -> bool:
         last = self.state.last_applied.get(self._keys[id(action)])
-        return (last is None or step - last >= action.cooldown) and step - finding.first_step >= action.confirm
+        confirm = action.confirm // 3 if finding.severity == "critical" else action.confirm
+        return (last is None or step - last >= action.cooldown) and step - finding.first_step >= confirm
 
     def _give_up(self, finding: Finding, step: int, why: str) -> Due | None:
         """Say that nothing more will be done about a rule; stop if a `Stop` is there for it."""

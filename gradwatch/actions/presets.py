@@ -46,11 +46,13 @@ def repair(*, restructure: bool = False) -> Ladder:
     """
     remedies: list[Action] = [
         DecayLR(factor=0.3, cooldown=10, within=40, tries=3, recover=500, hold=200),
-        Rollback(factor=0.3, every=50),
+        Rollback(factor=0.3, every=50, max_times=4),
         Reinitialize(),
     ]
     if restructure:
-        remedies.append(Restructure())
+        # An output that lets no gradient through is mended first: that keeps all weights.
+        remedies.insert(2, Restructure(changes=("output",), tries=1))
+        remedies.append(Restructure(changes=("activation", "norm"), tries=2))
     return Ladder([*protect(), *remedies, Stop(confirm=200)])
 
 

@@ -18,6 +18,9 @@ CHANGES = ("output", "activation", "norm")
 class _WhenNothingIsLearnt(BetweenStepsAction):
     """Base of remedies that cost what was learnt: not while the loss falls, nor on a mere warning of unknown loss."""
 
+    renews: ClassVar[bool] = True
+    begins_anew: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -75,7 +78,6 @@ class Reinitialize(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 40
-    renews: ClassVar[bool] = True
 
     def __init__(self, *, scheme: str = "auto", **common: Any) -> None:
         super().__init__(**common)
@@ -91,7 +93,7 @@ class Reinitialize(_WhenNothingIsLearnt):
         layers = finding.layers if finding.rule in ("dead", "dying_relu", "saturation") else ()
         where = f"layers {', '.join(layers[:3])}" if layers else "all layers"
         detail = f"{where} initialised again ({self.scheme}) because of {finding.rule}"
-        return Due(self, detail, layers=layers, finding=finding)
+        return Due(self, detail, layers=layers, finding=finding, before=state.lr_factor, after=1.0, lr_factor=1.0)
 
     def config(self) -> dict[str, Any]:
         """See `Action.config`."""
@@ -151,7 +153,6 @@ class Restructure(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 60
-    renews: ClassVar[bool] = True
 
     def __init__(
         self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", tries: int = 3, **common: Any
@@ -166,7 +167,8 @@ class Restructure(_WhenNothingIsLearnt):
         """See `BetweenStepsAction.respond`."""
         if not self.is_called_for(finding, state):
             return None
-        return Due(self, f"architecture changed because of {finding.rule}", finding=finding)
+        detail = f"architecture changed because of {finding.rule}"
+        return Due(self, detail, finding=finding, before=state.lr_factor, after=1.0, lr_factor=1.0)
 
     def config(self) -> dict[str, Any]:
         """See `Action.config`."""

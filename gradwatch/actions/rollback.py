@@ -29,6 +29,7 @@ class Rollback(BetweenStepsAction):
         cooldown: Steps between two rollbacks.
         max_times: Rollbacks in a run at most.
         min_severity: Findings below this severity do not call for it.
+        patience: Steps that a warning must have stood; a critical finding is answered at once.
         within: Steps within which the finding must stay away, else it did not help.
         tries: Rollbacks in a row without help before it is given up; each goes one snapshot further back.
 
@@ -52,7 +53,8 @@ class Rollback(BetweenStepsAction):
         on: str | Sequence[str] | None = None,
         cooldown: int = 20,
         max_times: int | None = 10,
-        min_severity: str = "critical",
+        min_severity: str = "warning",
+        patience: int = 20,
         within: int = 60,
         tries: int = 3,
     ) -> None:
@@ -66,10 +68,15 @@ class Rollback(BetweenStepsAction):
         if require_positive("min_factor", min_factor) > 1.0:
             raise ConfigurationError.of("min_factor", "<= 1", min_factor)
         self.every, self.keep = require_count("every", every), require_count("keep", keep)
+        self.patience = require_count("patience", patience, least=0)
         self.where, self.factor, self.min_factor = where, factor, min_factor
 
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
         """See `BetweenStepsAction.respond`."""
+        if finding.rule == "nonfinite" and finding.first_step <= state.began:
+            return None  # there is no good state: these weights never gave a finite step
+        if finding.severity != "critical" and step - finding.first_step < self.patience:
+            return None
         after = min(state.lr_factor, max(state.lr_factor * self.factor, self.min_factor))
         return Due(
             self,
@@ -93,4 +100,5 @@ class Rollback(BetweenStepsAction):
             "where": self.where,
             "factor": self.factor,
             "min_factor": self.min_factor,
+            "patience": self.patience,
         }

@@ -12,6 +12,8 @@ from gradwatch.actions.base import RunState
 from gradwatch.records import SEVERITIES, ActionRecord, Finding
 
 HELPED, NO_EFFECT, WORSE = "helped", "no effect", "worse"
+#: A finding that comes back after the weights were changed is held against the remedy once it has stood this long.
+PERSISTS = 20
 #: A loss above this many times the one at the remedy, and the first, means that things got worse.
 WORSE_LOSS = 3.0
 
@@ -44,12 +46,16 @@ class Trial:
             findings: Those that are open.
             state: Of the run.
         """
-        same = [finding for finding in findings if finding.rule == self.record.reason]
+        since = self.record.step if self.renews else 0
+        same = [finding for finding in findings if finding.rule == self.record.reason and finding.first_step >= since]
         if self._is_worse(same, state):
             return WORSE
-        if step < self.deadline:
-            return "" if self.renews or same else HELPED
-        return NO_EFFECT if same else HELPED
+        if step >= self.deadline:
+            return NO_EFFECT if same else HELPED
+        if self.renews:
+            is_back = any(f.severity == "critical" or step - f.first_step >= PERSISTS for f in same)
+            return NO_EFFECT if is_back else ""
+        return "" if same else HELPED
 
     def _is_worse(self, same: list[Finding], state: RunState) -> bool:
         if math.isnan(state.loss) or math.isnan(self.loss):

@@ -1,0 +1,111 @@
+"""Between the steps of a torch training: carries out what the policy decided where no gradient is pending.
+
+A decision falls when a row is closed, which is when the next step begins. A learning-rate factor and a stop take effect
+then. What changes weights waits until that step is over: its gradients belong to the old weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gradwatch.actions.base import Due
+from gradwatch.actions.lr import DecayLR
+from gradwatch.actions.policy import Policy
+from gradwatch.actions.renewal import Stop
+from gradwatch.backends.torch_actions import CannotApplyError, TorchActions
+from gradwatch.errors import StopTraining
+from gradwatch.integrations.torch_row import Row
+from gradwatch.monitor import Monitor
+from gradwatch.records import RENEWED
+
+
+class BetweenSteps:
+    """The between-step actions of a run.
+
+    Args:
+        model: The model.
+        optimizers: Those given; others are added as they step.
+        policy: Decides.
+        monitor: Takes the records.
+        run_dir: Directory of the run.
+        is_dry: Record what would be done; do nothing.
+
+    Raises:
+        ConfigurationError: An action that this model or machine does not allow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        policy: Policy,
+        monitor: Monitor,
+        *,
+        run_dir: Path,
+        is_dry: bool,
+    ) -> None:
+        self._policy, self._monitor = policy, monitor
+        self._optimizers = list(optimizers)
+        self._due: Due | None = None
+        self._is_renewed = self._is_closing = False
+        self._actions: TorchActions | None = None
+        if policy.between and not is_dry:
+            self._actions = TorchActions(model, self._optimizers, policy.between, run_dir)
+
+    def take(self, due: Due, step: int) -> None:
+        """An action is due before `step`.
+
+        Raises:
+            StopTraining: It is a `Stop`.
+        """
+        if self._is_closing:
+            return
+        if self._actions is None or isinstance(due.action, DecayLR):
+            self._monitor.acted(due, step)
+        elif isinstance(due.action, Stop):
+            self._monitor.acted(due, step)
+            raise StopTraining(due.detail)
+        elif not self._actions.can_apply(due):
+            self._policy.pass_over(due)
+        elif self._due is None:
+            self._due = due
+
+    def stepping(self, optimizer: Optimizer, row: Row) -> None:
+        """An optimizer begins the step of this row."""
+        if self._actions is None:
+            return
+        if not any(optimizer is known for known in self._optimizers):
+            self._optimizers.append(optimizer)
+        self._actions.finish()
+        if self._is_renewed:
+            self._is_renewed = False
+            row.metrics[RENEWED] = 1.0
+        self._actions.begin(row.number)
+
+    def stepped(self, row: Row) -> None:
+        """It has: carry out what is due, or keep a good state."""
+        if self._actions is None:
+            return
+        due, following = self._due, row.number + 1
+        if due is None:
+            self._actions.watch_over(following, is_well=self._policy.is_well and not row.skip_reason)
+            return
+        self._due = None
+        try:
+            self._actions.apply(due, following, lambda words: self._done(due, following, words))
+        except CannotApplyError as error:
+            self._monitor.could_not_act(due, following, str(error))
+
+    def _done(self, due: Due, step: int, words: str) -> None:
+        self._is_renewed = self._is_renewed or due.action.renews
+        self._monitor.acted(due, step, detail=words)
+
+    def close(self) -> None:
+        """Let go of everything; nothing is carried out any more."""
+        self._is_closing = True
+        if self._actions is not None:
+            self._actions.close()
