@@ -147,7 +147,8 @@ class TensorFlowTap(Tap):
     def _is_ready(self, optimizer: Any, variables: Sequence[Any]) -> bool:
         """Learn the model in the first trace; make an optimizer's variables before a condition needs them."""
         if self.columns is None:
-            self._prepare()
+            with tf.init_scope():  # the host's part, though a graph is being traced
+                self._prepare()
         if not optimizer.built and (self.rule.acts or is_loss_scaled(optimizer)):
             with keras.name_scope(optimizer.name, caller=optimizer):
                 optimizer.build(variables)
@@ -216,9 +217,9 @@ class TensorFlowTap(Tap):
         base = base_of(optimizer)
 
         def empty() -> None:
-            keep = 1.0 - tf.cast(gradients.is_update, tf.float32)
             for accumulator in gradients.accumulators:
-                accumulator.assign(tf.cast(accumulator, tf.float32) * keep)
+                held = tf.convert_to_tensor(accumulator)
+                accumulator.assign(tf.where(gradients.is_update, tf.zeros_like(held), held))
             if verdict.skip is not None:
                 back = tf.where(verdict.skip, base.gradient_accumulation_steps - 1, 0)
                 base._iterations.assign_sub(tf.cast(back, base._iterations.dtype))

@@ -16,12 +16,13 @@ from typing import Any
 
 import keras
 
+from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
+from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
 from gradwatch.backends.keras_model import Columns, optimizers_of
 from gradwatch.backends.keras_tap import Tap
 from gradwatch.errors import ModelError
 from gradwatch.faults import Faults
-from gradwatch.integrations.keras_edits import Edits
 from gradwatch.integrations.keras_watcher import Call, KerasWatcher, rule_of, scales_lr
 from gradwatch.records import Finding
 from gradwatch.settings import Settings, settings_from
@@ -120,7 +121,7 @@ class Session:
         policy = Policy(settings.actions, dry_run=settings.dry_run)
         self.instrument = Instrument.of(model, self.plain, policy)
         self.instrument.session = self
-        self.edits = Edits(model)
+        self.actions: KerasActions | None = None
         if self.instrument.tap.columns is not None or model.built:
             self.instrument.prepare()
         self._is_jax = keras.backend.backend() == "jax"
@@ -135,6 +136,13 @@ class Session:
         if self.watcher is None and tap.columns is not None:
             given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
             self.watcher = KerasWatcher(tap.columns, **given)
+            self.actions = KerasActions(
+                self.model,
+                tap.columns,
+                optimizers=tap.optimizers,
+                actions=self.watcher.between,
+                run_dir=self.watcher.run_dir,
+            )
             tap.faults = self.watcher.faults
             tap.reset()
             if self._state is not None:
@@ -173,8 +181,25 @@ class Session:
         if watcher.calls_waiting and self._is_time():
             self.read(lag=self._is_jax)
             for due in watcher.settle():
-                state = self.edits.apply(due, state, watcher, self.instrument.tap)
+                state = self._act(due, state)
+        if watcher.decides_between_steps and self.actions is not None:
+            self.actions.watch_over(watcher.coming_step, state, is_well=watcher.is_well)
         self._call = watcher.began(epoch=self.epoch, batch=self.batch)
+        return state
+
+    def _act(self, due: Due, state: Any) -> Any:
+        """Apply an action and record it; on JAX to the state of the training, which is returned."""
+        watcher, done = self.watcher, ""
+        assert watcher is not None
+        assert self.actions is not None
+        try:
+            if not watcher.settings.dry_run:
+                state, done = self.actions.apply(due, state)
+        except CannotApplyError as error:
+            watcher.monitor.could_not_act(due, watcher.coming_step, str(error))
+            return state
+        watcher.monitor.acted(due, watcher.coming_step, detail=done)
+        self.instrument.tap.set_lr_factor(watcher.lr_factor)
         return state
 
     def _is_time(self) -> bool:
@@ -220,6 +245,8 @@ class Session:
         self.watcher = None
         state = watcher.faults.call("keras host", watcher.state_dict, default=None)
         watcher.close(status, detail)
+        if self.actions is not None:
+            self.actions.close()
         return state
 
 

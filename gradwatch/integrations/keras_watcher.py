@@ -78,6 +78,21 @@ class KerasWatcher(Watcher):
         return bool(self._policy.between)
 
     @property
+    def between(self) -> list[BetweenStepsAction]:
+        """The actions between steps."""
+        return self._policy.between
+
+    @property
+    def is_well(self) -> bool:
+        """Whether no finding of concern is open."""
+        return self._policy.is_well
+
+    @property
+    def coming_step(self) -> int:
+        """The number of the step that has not begun yet."""
+        return self._next_step + len(self._pending) + len(self._calls) * self._rows_per_call
+
+    @property
     def lr_factor(self) -> float:
         """gradwatch's factor on the learning rate, as applied."""
         return 1.0 if self.settings.dry_run else self._policy.state.lr_factor
@@ -167,21 +182,11 @@ class KerasWatcher(Watcher):
     def settle(self) -> list[Due]:
         """Close the steps whose rows were taken; what is due before the next step."""
         rows, self._pending = self._pending, []
-        due = []
-        for row in rows:
-            found = self._close_row(row.norms, row.metrics, statistics=row.statistics, skip_reason=row.skip_reason)
-            if found is not None:
-                self.note_applied(found, ahead=len(rows) - 1 + len(self._calls) * self._rows_per_call)
-                due.append(found)
-        return due
-
-    def note_applied(self, due: Due, *, ahead: int) -> None:
-        """Record an action that takes effect `ahead` steps after those closed so far."""
-        self.monitor.acted(due, self._next_step + ahead)
-
-    def log(self, **numbers: Any) -> None:
-        """See `Watcher.log`."""
-        super().log(**numbers)
+        due = [
+            self._close_row(row.norms, row.metrics, statistics=row.statistics, skip_reason=row.skip_reason)
+            for row in rows
+        ]
+        return [each for each in due if each is not None]
 
     def _info(self) -> RunInfo:
         info = super()._info()
