@@ -50,7 +50,8 @@ def page_data(summary: Summary, whole: Digest, closeup: Digest | None) -> dict[s
         "whole": _view(whole),
         "closeup": _view(closeup) if closeup is not None and len(closeup) else None,
         "panels": [
-            {"label": label, "series": series, "log": label != "lr" and _spread(whole, series[0][0])} for label, series in _PANELS
+            {"label": label, "series": series, "log": label != "lr" and _spread(whole, series[0][0])}
+            for label, series in _PANELS
         ],
         "findings": [_box(c, place) for c in _gravest(summary)],
         "actionSteps": sorted({a.step for a in summary.actions if not a.dry_run})[:MOST_ACTION_MARKS],

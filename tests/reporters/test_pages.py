@@ -14,6 +14,8 @@ from gradwatch.testing import write_run
 from tests.reporters.conftest import HOSTILE, MakeRun, named_parameters
 from tests.reporters.test_html import Outline
 
+EVERYWHERE = "0.0.0.0"  # noqa: S104 -- nothing listens there, the application is only told
+
 
 @pytest.fixture(autouse=True)
 def workers_have_ended() -> Iterator[None]:
@@ -119,14 +121,14 @@ def test_a_name_of_another_host_is_refused(root: Path) -> None:
 
 
 def test_without_the_token_nothing_is_served(root: Path) -> None:
-    with TestClient(live_app(root, host="0.0.0.0", token="s3cret")) as client:  # noqa: S104, S106
+    with TestClient(live_app(root, host=EVERYWHERE, token="s3cret")) as client:  # noqa: S106
         assert client.get("/").status_code == 401
         assert client.get("/", params={"token": "wrong"}).status_code == 401
         assert client.get("/static/page.css").status_code == 401
 
 
 def test_with_the_token_a_browser_gets_a_cookie_and_the_token_leaves_the_address(root: Path) -> None:
-    with TestClient(live_app(root, host="0.0.0.0", token="s3cret")) as client:  # noqa: S104, S106
+    with TestClient(live_app(root, host=EVERYWHERE, token="s3cret")) as client:  # noqa: S106
         answer = client.get("/", params={"token": "s3cret"})
 
         assert answer.status_code == 200
@@ -135,7 +137,7 @@ def test_with_the_token_a_browser_gets_a_cookie_and_the_token_leaves_the_address
 
 
 def test_a_program_may_bear_the_token(root: Path) -> None:
-    with TestClient(live_app(root, host="0.0.0.0", token="s3cret")) as client:  # noqa: S104, S106
+    with TestClient(live_app(root, host=EVERYWHERE, token="s3cret")) as client:  # noqa: S106
         assert client.get("/", headers={"Authorization": "Bearer s3cret"}).status_code == 200
 
 
@@ -155,10 +157,10 @@ def test_only_so_many_runs_are_kept_open(tmp_path: Path) -> None:
         ("127.0.0.1", True),
         ("::1", True),
         ("localhost", True),
-        ("0.0.0.0", False),
+        (EVERYWHERE, False),
         ("192.168.1.5", False),
         ("node7", False),
-    ],  # noqa: S104
+    ],
 )
 def test_an_address_that_others_reach_gets_a_token(host: str, local: bool) -> None:
     assert is_local(host) is local

@@ -205,7 +205,7 @@
     const every = Math.max(1, Math.ceil(names.length / (narrow() ? 6 : 16)));
     const at = names.filter((r) => r % every === 0);
     return [traces, {
-      uirevision: "profile", height: 380, margin: { l: 64, r: 8, t: 10, b: 90 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
+      uirevision: "profile", height: narrow() ? 560 : 380, margin: { l: 64, r: 8, t: 10, b: 90 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
       font: { color: colours.ink, family: "system-ui, sans-serif", size: 12 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
       xaxis: { title: { text: "layer, input → output" }, tickvals: at, ticktext: at.map((r) => inert(shorten(data.layers[r], 16))), tickangle: -30, gridcolor: colours.faint, zeroline: false },
       yaxis: { type: "log", exponentformat: "power", dtick: decades > 8 ? 2 : decades > 1 ? 1 : undefined, title: { text: `gradient norm (L2, ${data.stage})` }, gridcolor: colours.faint },
@@ -213,7 +213,27 @@
     }];
   };
 
+  // What the colours of the heatmap mean besides the norm.
+  const key = () => {
+    const colours = look();
+    const cells = data.whole.cells;
+    const entries = [];
+    if (cells.some(Number.isNaN)) entries.push([colours.nonfinite, "NaN or inf"]);
+    if (cells.includes(0)) entries.push(["#000000", "exactly zero"]);
+    if (cells.includes(-Infinity)) entries.push([colours.absent, "not measured"]);
+    if (data.findings.length) entries.push([colours[data.findings[data.findings.length - 1].severity], "outlined: a finding"]);
+    if (data.actionSteps.length) entries.push([colours.action, "dotted line: an action"]);
+    document.getElementById("key").replaceChildren(...entries.map(([colour, text]) => {
+      const item = document.createElement("li");
+      const patch = document.createElement("i");
+      patch.style.background = colour;
+      item.append(patch, text);
+      return item;
+    }));
+  };
+
   const redraw = () => {
+    key();
     Plotly.react(target, ...overview(current), OPTIONS);
     Plotly.react("profile", ...profile(), OPTIONS);
   };
@@ -246,6 +266,7 @@
       });
     });
     Plotly.newPlot("profile", ...profile(), OPTIONS);
+    key();
     dark.addEventListener("change", redraw);
     let wasNarrow = narrow();
     window.addEventListener("resize", () => {
