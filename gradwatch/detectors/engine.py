@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -56,6 +57,7 @@ class Engine:
         self._off: set[int] = set()
         self._open: dict[str, Finding] = {}
         self._latest: dict[str, Finding] = {}
+        self._causes: dict[str, dict[str, Any]] = {}
         for detector in self._detectors:
             detector.start(context)
 
@@ -93,8 +95,8 @@ class Engine:
         self._signals.begin(self.context)
         for detector in self._detectors:
             detector.start(self.context)
-        self._open.clear()
-        self._latest.clear()
+        for memory in (self._open, self._latest, self._causes):
+            memory.clear()
         return over
 
     def _update(self, batch: StepBatch, on_error: OnError | None) -> list[Finding]:
@@ -109,6 +111,7 @@ class Engine:
                 self._open[finding.id] = finding
             else:
                 self._open.pop(finding.id, None)
+                self._causes.pop(finding.id, None)
         return found
 
     def extend(self, context: RunContext) -> None:
@@ -138,6 +141,7 @@ class Engine:
             "detectors": {f"{i}:{_name(d)}": d.state_dict() for i, d in enumerate(self._detectors)},
             "open": {key: finding.to_json() for key, finding in self._open.items()},
             "latest": {rule: finding.to_json() for rule, finding in self._latest.items()},
+            "causes": copy.deepcopy(self._causes),
             "off": sorted(self._off),
         }
 
@@ -155,6 +159,7 @@ class Engine:
             detector.load_state_dict(state["detectors"][name])
         self._open = {key: Finding.from_json(data) for key, data in state["open"].items()}
         self._latest = {rule: Finding.from_json(data) for rule, data in state["latest"].items()}
+        self._causes = copy.deepcopy(dict(state["causes"]))
         self._off = set(state["off"])
 
     def _run_rules(self, batch: StepBatch, on_error: OnError | None) -> list[Finding]:
@@ -178,7 +183,9 @@ class Engine:
 
     def _told(self, findings: list[Finding]) -> list[Finding]:
         self._latest.update((finding.rule, finding) for finding in findings)
-        return [self._diagnosed(finding) for finding in findings]
+        told = [self._diagnosed(finding) for finding in findings]
+        self._causes.update((finding.id, _diagnosis(finding)) for finding in told)
+        return told
 
     def _rules(self) -> list[Rule]:
         return [d for i, d in enumerate(self._detectors) if isinstance(d, Rule) and i not in self._off]
@@ -194,8 +201,16 @@ class Engine:
             return None
 
     def _diagnosed(self, finding: Finding) -> Finding:
-        evidence = symptoms(finding, self._signals, self._latest)
-        return diagnosed(evidence, framework=self.context.framework)
+        """The finding with its cause: that of its opening, when most is known of what led to it, until it gets graver."""
+        known = self._causes.get(finding.id)
+        if known is not None and known["severity"] == finding.severity:
+            return dataclasses.replace(
+                finding,
+                cause=known["cause"],
+                advice=tuple(known["advice"]),
+                evidence={**finding.evidence, **known["evidence"]},
+            )
+        return diagnosed(symptoms(finding, self._signals, self._latest), framework=self.context.framework)
 
 
 def replay(batches: Iterable[StepBatch], engine: Engine) -> list[Finding]:
@@ -256,3 +271,10 @@ def _made(one: Chosen) -> Detector:
 
 def _name(detector: Detector) -> str:
     return detector.rule if isinstance(detector, Rule) else getattr(detector, "name", type(detector).__name__)
+
+
+def _diagnosis(finding: Finding) -> dict[str, Any]:
+    evidence = {key: finding.evidence[key] for key in ("cause_id",) if key in finding.evidence}
+    return {
+        "severity": finding.severity, "cause": finding.cause, "advice": list(finding.advice), "evidence": evidence,
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,6 +29,7 @@ def symptoms(finding: Finding, now: Signals, latest: Mapping[str, Finding]) -> S
         others=others,
         rate=pace.rate,
         rate_growth=pace.growth,
+        rate_jump=max(pace.rates) / statistics.median(pace.rates) if pace.rates else 1.0,
         stable_rate=now.stable_rate,
         update_ratio=pace.total,
         update_spread=pace.spread,
@@ -41,9 +43,9 @@ def symptoms(finding: Finding, now: Signals, latest: Mapping[str, Finding]) -> S
         first_fit=opening.fit,
         first_input_ratio=opening.input_ratio,
         first_loss=course.start,
-        least_loss=course.best / course.start if course.start > 0 and math.isfinite(course.best) else math.nan,
+        least_loss=min(course.best, course.last) / course.start if course.start > 0 else math.nan,
         zero_weights=tuple(now.context.parameters[i].layer for i in np.flatnonzero(pace.first_zero)),
-        saturated=_modules(others, "saturation"),
+        saturated=_modules(latest, "saturation"),
         dead=_modules(others, "dying_relu"),
         step=now.step,
     )

@@ -64,7 +64,7 @@ class Exploding(Rule):
         self.count += 1
         if self.count == 1:
             self.since = now.step
-        if self.count < self.patience and excess < 2 * math.log(self.ratio):
+        if self.count < self.patience:
             return None
         scores = np.nan_to_num(now.logs - now.level, nan=-math.inf)
         layers = scores > math.log(self.ratio)

@@ -86,6 +86,15 @@ CAUSES: dict[str, Cause] = {
             "reset the dead layers: gw.Reinitialize does it in the running training",
         ),
     ),
+    "killed_units": Cause(
+        "the learning rate is too high{rate_now}: large steps pushed ReLU units below zero, where they get no gradient",
+        (
+            "use a learning rate of at most {safe_rate}: the loss was at its best with {stable_rate}",
+            "lower the learning rate tenfold and clip to a global norm of {clip} ({clip_call})",
+            "replace ReLU in {layers} by {leaky}",
+            "reset the dead layers: gw.Reinitialize does it in the running training",
+        ),
+    ),
     "recurrence": Cause(
         "the recurrent matrix multiplies the gradient at every time step: its spectral radius is not near 1",
         (
@@ -157,10 +166,12 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "data_scale": Cause(
-        "inputs or targets are not scaled: the first loss is {first_loss} and the first gradient norm {first_norm}",
+        "the learning rate is too high for the scale of the gradient (first loss {first_loss}, first gradient norm "
+        "{first_norm}): inputs or targets are not scaled, or the loss is a sum",
         (
             "scale inputs and targets to mean 0 and variance 1",
             "put a normalisation layer first",
+            "take the mean of the loss over the batch, not the sum",
             "lower the learning rate in proportion to the gradient",
         ),
     ),

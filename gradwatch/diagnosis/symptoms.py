@@ -12,7 +12,7 @@ from gradwatch.records import Finding, Parameter
 
 BOUNDED = ("Sigmoid", "Tanh", "Softsign", "Hardtanh", "Hardsigmoid", "LogSigmoid", "Softmax")
 RELU = ("ReLU", "ReLU6", "relu")
-RECURRENT = ("RNN", "LSTM", "GRU", "Recurr", "Cell")
+RECURRENT = ("rnn", "lstm", "gru", "recur", "cell.", "_hh")
 ATTENTION = ("attn", "attention", "qkv", "q_proj", "query")
 HALF = ("float16", "half")
 
@@ -27,6 +27,7 @@ class Symptoms:
         others: The latest state of the other findings of the run, by rule; at most one a rule.
         rate: Learning rate in force.
         rate_growth: Its growth per step, nats.
+        rate_jump: Highest learning rate of the last 20 steps over their median.
         stable_rate: The learning rate when the loss was at its best.
         update_ratio: ‖Δw‖/‖w‖ over all matrices at the last sample.
         update_spread: Largest over smallest layer's update ratio at the last sample.
@@ -41,7 +42,7 @@ class Symptoms:
         first_fit: R squared of that line.
         first_input_ratio: Gradient norm of the first layer over the second's at the first step.
         first_loss: Loss at the start.
-        least_loss: Best mean loss so far, over the loss at the start.
+        least_loss: The least loss lately, over the loss at the start.
         zero_weights: Layers whose weights were all zero.
         saturated, dead: Modules with mostly saturated, or never active units.
         step: The step of the diagnosis.
@@ -52,6 +53,7 @@ class Symptoms:
     others: Mapping[str, Finding] = field(default_factory=dict)
     rate: float = math.nan
     rate_growth: float = 0.0
+    rate_jump: float = 1.0
     stable_rate: float = math.nan
     update_ratio: float = math.nan
     update_spread: float = math.nan
@@ -145,7 +147,7 @@ class Symptoms:
     @property
     def recurrent(self) -> bool:
         """The model has a recurrence."""
-        return any(mark in p.kind for p in self.parameters for mark in RECURRENT)
+        return any(mark in f"{p.kind} {p.name}".lower() for p in self.parameters for mark in RECURRENT)
 
     @property
     def attention(self) -> bool:
@@ -236,7 +238,8 @@ class Symptoms:
     @property
     def weights_move_alike(self) -> bool:
         """All layers are scaled by the same factor at each step: weight decay does that, gradients do not."""
-        return self.update_spread < 1.1 and self.update_ratio > 0.01 and len(self.layers) > 1
+        replaced = 0.9 < self.update_ratio < 1.1
+        return self.update_spread < 1.03 and self.update_ratio > 0.01 and not replaced and len(self.layers) > 1
 
     @property
     def all_zero(self) -> bool:
@@ -245,8 +248,29 @@ class Symptoms:
 
     @property
     def zero_from_start(self) -> bool:
-        """Exactly zero since the first step."""
-        return bool(self.evidence.get("from_start"))
+        """So since the first step."""
+        return bool(self.evidence.get("from_start")) or (self.finding.rule == "dying_relu" and self.at_start)
+
+    @property
+    def reaches_first_layer(self) -> bool:
+        """The first layer is among the affected: whatever stops the gradient stops it for all layers before."""
+        return bool(self.layers) and self.layers[0] in self.finding.layers
+
+    @property
+    def output_relu(self) -> bool:
+        """The last layer ends in a ReLU."""
+        last = max(self.parameters, key=lambda p: p.depth, default=None)
+        return last is not None and last.activation in RELU
+
+    @property
+    def diverges(self) -> bool:
+        """The loss was found to diverge."""
+        return "divergence" in self.others
+
+    @property
+    def rate_jumped(self) -> bool:
+        """The learning rate leapt within the last 20 steps."""
+        return self.rate_jump > 3
 
     @property
     def weights_zero(self) -> bool:

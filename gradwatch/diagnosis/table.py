@@ -41,6 +41,7 @@ TABLE: tuple[Row, ...] = (
     Row("recurrence", ("nonfinite",), ("at_start", "recurrent"), why="powers of the recurrent matrix overflow"),
     Row("init_large", ("nonfinite",), ("at_start", "deep"), why="the forward signal overflows before any update"),
     Row("data_scale", ("nonfinite",), ("at_start", "huge_first_loss"), why="a loss that starts high"),
+    Row("init_large", ("nonfinite",), ("at_start", "not grew_before"), why="no update was made yet"),
     Row("attention_logits", ("nonfinite",), ("attention", "grew_before", "not jumped"), why="logits grow unchecked"),
     Row("weight_decay", ("nonfinite",), ("weights_move_alike",), why="only decay scales all layers alike"),
     Row("data_scale", ("nonfinite",), ("grew_before", "inputs_unscaled", "large_first_gradient")),
@@ -53,13 +54,14 @@ TABLE: tuple[Row, ...] = (
     Row("bad_batch", ("nonfinite",), (), why="nothing led up to it"),
     # Gradients or the loss out of hand.
     Row("weight_decay", (*BLOW_UP, *SILENCE), ("weights_move_alike",), why="only decay scales all layers alike"),
+    Row("learning_rate", BLOW_UP, ("rate_jumped", "not at_start"), why="the rate leapt just before"),
     Row("bad_batch", ("spike",), (), why="one step, before and after which all is usual"),
     Row(
         "bad_batch", ("exploding", "divergence", "update_ratio"), ("not at_start", "sudden"), why="a spike at that step"
     ),
     Row("init_large", ("imbalance", "exploding"), ("grows_with_depth", "not recurrent"), why="each layer enlarges it"),
     Row("learning_rate", BLOW_UP, ("rate_rising", "not at_start"), why="trouble came with a rising rate"),
-    Row("recurrence", BLOW_UP, ("recurrent", "large_first_gradient"), why="powers of the recurrent matrix"),
+    Row("recurrence", BLOW_UP, ("recurrent", "at_start", "large_first_gradient"), why="powers of the recurrent matrix"),
     Row("data_scale", BLOW_UP, ("large_first_gradient", "inputs_unscaled"), why="large inputs enter the first layer"),
     Row("missing_normalisation", BLOW_UP, ("large_first_gradient", "very_deep", "not normalised")),
     Row("init_large", BLOW_UP, ("large_first_gradient", "deep"), why="a huge first gradient in a deep network"),
@@ -67,7 +69,13 @@ TABLE: tuple[Row, ...] = (
     Row("attention_logits", BLOW_UP, ("attention_first", "few_layers_jumped"), why="a one-hot softmax"),
     Row("init_large", BLOW_UP, ("at_start", "grows_with_depth"), why="each layer enlarges it"),
     Row("learning_rate", (*BLOW_UP, "oscillation"), ("jumped",), why="steps of the size of the weights"),
-    Row("drift", ("exploding", "vanishing"), (), ("drift",), why="one layer leaves the course of the others"),
+    Row(
+        "drift",
+        ("exploding", "vanishing"),
+        ("not diverges",),
+        ("drift",),
+        why="one layer leaves the course of the others",
+    ),
     Row("learning_rate", BLOW_UP, (), why="nothing else explains it"),
     # Gradients that are too small or absent.
     Row("unused_layers", ("unused",), ()),
@@ -77,13 +85,18 @@ TABLE: tuple[Row, ...] = (
     Row("init_small", SILENCE, ("weights_zero", "zero_from_start"), why="zero weights pass no signal"),
     Row("data_scale", SILENCE, ("inputs_unscaled", "jumped", "not bounded"), why="large inputs, then dead units"),
     Row("learning_rate", SILENCE, ("jumped", "not zero_from_start", "not shrinks_with_depth"), why="a step too far"),
-    Row("output_layer", ("dead",), ("all_zero", "zero_from_start", "output_bounded"), why="a constant output"),
+    Row("saturating_activation", ("dead",), ("all_zero", "zero_from_start", "output_bounded"), why="a flat output"),
+    Row(
+        "unused_layers", ("dead",), ("zero_from_start", "not all_zero", "not reaches_first_layer"), why="a side branch"
+    ),
     Row(
         "dying_relu", ("dead", "dying_relu", "vanishing"), ("relu", "zero_from_start"), why="units negative from birth"
     ),
-    Row("dying_relu", ("dead", "dying_relu"), ("relu",), why="units that turned negative for good"),
+    Row("dying_relu", ("dead", "dying_relu"), ("output_relu",), why="an output that cannot reach its targets"),
+    Row("killed_units", ("dead", "dying_relu"), ("relu",), why="units die of steps that are too large"),
     Row("unused_layers", ("dead",), ("zero_from_start", "not all_zero"), why="multiplied by zero somewhere"),
-    Row("dying_relu", ("dying_relu",), ()),
+    Row("killed_units", ("dying_relu",), ("not zero_from_start",), why="units die of steps that are too large"),
+    Row("dying_relu", ("dying_relu",)),
     Row("saturating_activation", ("saturation",), ()),
     Row("saturating_activation", SILENCE, ("bounded",), why="a sigmoid passes on at most a quarter"),
     Row("saturating_activation", SILENCE, ("saturates",), why="flat ends of the activation"),
