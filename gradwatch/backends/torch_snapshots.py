@@ -32,13 +32,13 @@ class Snapshot:
         step: The first step that has not happened in it.
         tensors: Name to where the numbers are: a host tensor, or a file.
         numbers: Plain entries of the optimizers' states, by optimizer, parameter and name.
-        ready: Waits until the copy is complete.
+        ready: Waits until the copy is complete; None when it is.
     """
 
     step: int
     tensors: dict[str, Tensor | Path] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
-    ready: Callable[[], None] = lambda: None
+    ready: Callable[[], None] | None = None
 
 
 class Snapshots:
@@ -161,7 +161,8 @@ class Snapshots:
         if self._folder is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix="snapshots-", dir=self._directory))
-        snapshot.ready()
+        if snapshot.ready is not None:
+            snapshot.ready()
         for number, (name, tensor) in enumerate(list(snapshot.tensors.items())):
             assert isinstance(tensor, Tensor)
             path = self._folder / f"{snapshot.step}-{number}.bin"
@@ -170,7 +171,8 @@ class Snapshots:
         return snapshot
 
     def _put_back(self, snapshot: Snapshot) -> None:
-        snapshot.ready()
+        if snapshot.ready is not None:
+            snapshot.ready()
         present = dict(self._tensors())
         for name, tensor in present.items():
             if name in snapshot.tensors:

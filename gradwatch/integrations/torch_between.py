@@ -6,7 +6,7 @@ then. What changes weights waits until that step is over: its gradients belong t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +17,6 @@ from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.policy import Policy
 from gradwatch.actions.renewal import Stop
 from gradwatch.backends.torch_actions import CannotApplyError, TorchActions
-from gradwatch.errors import StopTraining
 from gradwatch.integrations.torch_row import Row
 from gradwatch.monitor import Monitor
 from gradwatch.records import RENEWED
@@ -31,11 +30,7 @@ class BetweenSteps:
         optimizers: Those given; others are added as they step.
         policy: Decides.
         monitor: Takes the records.
-        run_dir: Directory of the run.
-        is_dry: Record what would be done; do nothing.
-
-    Raises:
-        ConfigurationError: An action that this model or machine does not allow.
+        stop: Ends the training, with what to say.
     """
 
     def __init__(
@@ -45,16 +40,27 @@ class BetweenSteps:
         policy: Policy,
         monitor: Monitor,
         *,
-        run_dir: Path,
-        is_dry: bool,
+        stop: Callable[[str], None],
     ) -> None:
-        self._policy, self._monitor = policy, monitor
+        self._stop = stop
+        self._model, self._policy, self._monitor = model, policy, monitor
         self._optimizers = list(optimizers)
         self._due: Due | None = None
         self._is_renewed = self._is_closing = False
         self._actions: TorchActions | None = None
-        if policy.between and not is_dry:
-            self._actions = TorchActions(model, self._optimizers, policy.between, run_dir)
+
+    def start(self, run_dir: Path, *, is_dry: bool) -> None:
+        """Check the actions and prepare for them.
+
+        Args:
+            run_dir: Directory of the run.
+            is_dry: Record what would be done; do nothing.
+
+        Raises:
+            ConfigurationError: An action that this model or machine does not allow.
+        """
+        if self._policy.between and not is_dry:
+            self._actions = TorchActions(self._model, self._optimizers, self._policy.between, run_dir)
 
     def take(self, due: Due, step: int) -> None:
         """An action is due before `step`.
@@ -68,7 +74,7 @@ class BetweenSteps:
             self._monitor.acted(due, step)
         elif isinstance(due.action, Stop):
             self._monitor.acted(due, step)
-            raise StopTraining(due.detail)
+            self._stop(due.detail)
         elif not self._actions.can_apply(due):
             self._policy.pass_over(due)
         elif self._due is None:
