@@ -34,6 +34,7 @@ from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Updates, up
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
 from gradwatch.integrations.torch_attach import attach, unwrapped
+from gradwatch.integrations.torch_between import BetweenSteps
 from gradwatch.integrations.torch_in_step import InStep
 from gradwatch.integrations.torch_pending import Pending, Reading, host_or_copy
 from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested
@@ -69,13 +70,20 @@ class TorchWatcher(Watcher):
         self._steps: dict[int, Step] = {}
         self._in_flight: deque[Row] = deque()
         self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
+        self._between = BetweenSteps(model, optimizers, self._policy, self.monitor)
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)
         self._uses: Uses | None = None
         self._frozen = [place for place, parameter in enumerate(described) if not parameter.trainable]
         self._is_first_row = True
         self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
-        self._detach = attach(self, optimizers, loss_fn)
+        self._detach: Callable[[], object] = lambda: None
+        try:
+            self._between.start(self.run_dir, is_dry=self.settings.dry_run)
+            self._detach = attach(self, optimizers, loss_fn)
+        except BaseException:
+            self.close("crashed", "could not attach")
+            raise
 
     def hook(self, function: Callable[..., None]) -> Callable[..., None]:
         """A hook whose failures stay ours, and whose time is counted."""
@@ -119,6 +127,7 @@ class TorchWatcher(Watcher):
                 return
             self._undo(key)  # of a step that raised
         row = self._row_of(optimizer, held)
+        self._between.stepping(optimizer, row)
         self._stepped_in_backward = in_backward()
         step = Step(optimizer, held, has_closure=len(args) > 1 or kwargs.get("closure") is not None)
         self._steps[key] = step
@@ -213,6 +222,7 @@ class TorchWatcher(Watcher):
         if step.updates is not None and not self._row.skip_reason:
             self.faults.call("statistics", self._put_updates, step.updates, self._row, default=None)
         self._pending.forget(step.held)
+        self._between.stepped(self._row)
 
     def _put_updates(self, updates: Updates, row: Row) -> None:
         places, measured = updates.finish()
@@ -282,10 +292,7 @@ class TorchWatcher(Watcher):
         self._new_columns()
 
     def _apply(self, due: Due) -> None:
-        """Apply a between-step action; the learning-rate factor takes effect at the next step."""
-        if not self.settings.dry_run and due.action.name == "DecayLR":
-            self._policy.state.lr_factor = due.after
-        self.applied(due)
+        self._between.take(due, self._next_step + len(self._in_flight))
 
     def log(self, **numbers: Any) -> None:
         """See `Watcher.log`; numbers logged between backward and step belong to that step.
@@ -355,6 +362,7 @@ class TorchWatcher(Watcher):
         if self._closed:
             return
         self._detach()
+        self._between.close()
         self._backward.remove()
         self._undo_all()
         self.faults.call("torch hooks", self._close_open_row, is_last=True, default=None)
