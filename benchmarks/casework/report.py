@@ -173,7 +173,7 @@ def _row(run: Scored) -> dict[str, Any]:
         "episodes": episodes(run.result.alarms),
         "rules": sorted({alarm.finding.rule for alarm in run.result.alarms}),
         "verdict": verdict.rule if verdict else None,
-        "cause": verdict.cause if verdict else None,
+        "cause": verdict.evidence.get("cause_id") if verdict else None,
         "class_right": run.class_right,
         "cause_right": run.cause_right,
     }

@@ -18,8 +18,8 @@ FAULTY = next(case for case in published_cases() if case.id == "quad-edge-1.05")
 HEALTHY = next(case for case in published_cases() if case.id == "quad-edge-0.95")
 
 
-def alarm(raised: int, ended: int, rule: str = "exploding", cause: str = "") -> Alarm:
-    finding = Finding(f"{rule}:{raised}", rule, "critical", raised, ended, cause=cause, resolved_step=ended + 1)
+def alarm(raised: int, ended: int, rule: str = "exploding") -> Alarm:
+    finding = Finding(f"{rule}:{raised}", rule, "critical", raised, ended, resolved_step=ended + 1)
     return Alarm(finding, raised, ended)
 
 
@@ -82,17 +82,16 @@ def test_intervals_hold_the_value_and_follow_from_the_cases_alone() -> None:
     assert first["recall"] == second["recall"] == (1.0, 1.0, 1.0)
 
 
-def test_a_high_update_ratio_means_explosion_and_a_low_one_a_standstill() -> None:
-    high = Finding("a", "update_ratio", "warning", 0, 1, value=0.5, threshold=0.1)
-    low = Finding("b", "update_ratio", "warning", 0, 1, value=1e-9, threshold=1e-6)
-    assert classes_of(high) == ("exploding",)
-    assert "stalled" in classes_of(low)
+def test_an_imbalance_names_its_class_by_its_direction() -> None:
+    growing = Finding("a", "imbalance", "warning", 0, 1, evidence={"direction": "grow"})
+    shrinking = Finding("b", "imbalance", "warning", 0, 1, evidence={"direction": "shrink"})
+    assert (classes_of(growing), classes_of(shrinking)) == (("exploding",), ("vanishing",))
 
 
-def test_a_cause_is_recognised_by_its_words() -> None:
-    finding = alarm(0, 1, cause="the learning rate is too high").finding
+def test_a_cause_is_right_by_its_id_or_by_one_that_says_the_same() -> None:
+    finding = Finding("a", "dead", "critical", 0, 1, evidence={"cause_id": "killed_units"})
     assert names_cause(finding, ("learning_rate",))
-    assert not names_cause(finding, ("bad_batch", "dying_relu"))
+    assert not names_cause(finding, ("bad_batch", "init_small"))
 
 
 def test_a_saved_record_comes_back_as_it_was(tmp_path: Path) -> None:

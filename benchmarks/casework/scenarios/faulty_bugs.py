@@ -92,7 +92,7 @@ def softmax_over_one_unit() -> Training:
     "exploding", "oscillating", "stalled", "nan", "dying_relu", "zero_gradient",
     ends="stuck", constant=UNIFORM_10,
     rules=("exploding", "oscillation", "update_ratio", "divergence", "spike", "nonfinite", "plateau", "dead"),
-    causes=("gradients_not_cleared", "learning_rate"),
+    causes=("gradients_not_cleared",),
 )  # fmt: skip
 def gradients_never_cleared() -> Training:
     """`zero_grad` was forgotten: each gradient is added to all before it."""
@@ -136,9 +136,9 @@ def drift(layer: int, growth: float) -> Training:
 
 
 faulty(
-    "exploding", ends="silent", rules=("exploding",), causes=(), name="drift-up-3-percent", layer=1, growth=1.03
+    "exploding", ends="silent", rules=("exploding",), causes=("drift",), name="drift-up-3-percent", layer=1, growth=1.03
 )(drift)  # fmt: skip
 faulty(
-    "vanishing", ends="silent", rules=("vanishing",), causes=(), name="drift-down-3-percent", layer=2, growth=1 / 1.03
+    "vanishing", ends="silent", rules=("vanishing",), causes=("drift",), name="drift-down-3-percent", layer=2, growth=1 / 1.03
 )(drift)  # fmt: skip
 healthy(name="drift-none", layer=1, growth=1.0)(drift)

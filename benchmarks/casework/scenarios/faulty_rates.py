@@ -172,7 +172,7 @@ def weight_decay_collapses() -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=600)
 
 
-@faulty("exploding", "nan", ends="blow_up", rules=EXPLODES, causes=("recurrence", "learning_rate"))
+@faulty("exploding", "nan", ends="blow_up", rules=EXPLODES, causes=("learning_rate",))
 def bootstrapped_values_diverge() -> Training:
     """Sutton & Barto 2018, section 11.2: off-policy bootstrapping with function approximation (Baird's star)."""
     features = torch.cat([2 * torch.eye(7), torch.zeros(7, 1)], dim=1)
