@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -61,16 +62,25 @@ class BackwardEnd:
         self._handles.clear()
 
     def _hook(self, place: int) -> Callable[[Tensor], None]:
+        # The garbage collector cannot look into a tensor's hooks: a strong reference here would keep us for ever.
+        reference = weakref.ref(self)
+
         def arrived(_: Tensor) -> None:
-            task = torch._C._current_graph_task_id()
-            if task != self._graph_task:
-                self._graph_task = task
-                self._arrivals = []
-                if task != -1:
-                    _queue(self._queue_end)
-            self._arrivals.append(place)
+            end = reference()
+            if end is not None:
+                end.arrived(place)
 
         return arrived
+
+    def arrived(self, place: int) -> None:
+        """The gradient of the parameter at this place is complete."""
+        task = torch._C._current_graph_task_id()
+        if task != self._graph_task:
+            self._graph_task = task
+            self._arrivals = []
+            if task != -1:
+                _queue(self._queue_end)
+        self._arrivals.append(place)
 
     def _queue_end(self) -> None:
         # Queued again from the end of the pass, to come behind those of DistributedDataParallel and FSDP, which reduce

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradwatch.backends.torch_gradients import Held
 
-_EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
+EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 class Clips:
@@ -31,9 +31,9 @@ class Clips:
         """Note one clip of the parameters at these places; None for all."""
         if total_norm.device.type == "cpu":
             # An infinite norm gives the factor 0, a NaN one NaN, as torch multiplies.
-            self._factors.append((places, min(max_norm / (float(total_norm) + _EPSILON), 1.0)))
+            self._factors.append((places, min(max_norm / (float(total_norm) + EPSILON), 1.0)))
         else:
-            self._factors.append((places, torch.clamp(max_norm / (total_norm.float() + _EPSILON), max=1.0)))
+            self._factors.append((places, torch.clamp(max_norm / (total_norm.float() + EPSILON), max=1.0)))
 
     def part(self, held: Held) -> Any:
         """The factor for all parameters of an optimizer, or one for each, shape (number of parameters,)."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,14 +26,16 @@ from torch.optim import Optimizer
 
 from gradwatch.actions.base import Due
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
+from gradwatch.backends.torch_clips import EPSILON
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
-from gradwatch.backends.torch_model import by_execution, describe, held_by, is_compiled, outsider, with_uses
+from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, with_uses
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Updates, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
 from gradwatch.integrations.torch_attach import attach, unwrapped
 from gradwatch.integrations.torch_between import BetweenSteps
+from gradwatch.integrations.torch_holders import Holders
 from gradwatch.integrations.torch_in_step import InStep
 from gradwatch.integrations.torch_pending import Pending, Reading, host_or_copy
 from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested
@@ -61,23 +62,23 @@ class TorchWatcher(Watcher):
     ) -> None:
         described, tensors = describe(model, optimizers)
         super().__init__(described, framework="torch", **settings)
-        self._place = {id(tensor): place for place, tensor in enumerate(tensors)}
+        self._detach: Callable[[], object] = lambda: None
         self._gradients = Gradients(tensors)
+        self._holders = Holders(self._gradients, self._gain_parameter)
         self._backward = BackwardEnd(self._gradients.parameters, self.hook(self._after_backward))
         self._pending = Pending(self._gradients, self._backward)
-        self._held: weakref.WeakKeyDictionary[Optimizer, Held] = weakref.WeakKeyDictionary()
         self._row: Row | None = None
         self._steps: dict[int, Step] = {}
         self._in_flight: deque[Row] = deque()
         self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
-        self._between = BetweenSteps(model, optimizers, self._policy, self.monitor)
+        me = weakref.ref(self)
+        self._between = BetweenSteps(model, optimizers, self._policy, self.monitor, stop=lambda words: _stop(me(), words))
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)
         self._uses: Uses | None = None
         self._frozen = [place for place, parameter in enumerate(described) if not parameter.trainable]
         self._is_first_row = True
         self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
-        self._detach: Callable[[], object] = lambda: None
         try:
             self._between.start(self.run_dir, is_dry=self.settings.dry_run)
             self._detach = attach(self, optimizers, loss_fn)
@@ -85,19 +86,20 @@ class TorchWatcher(Watcher):
             self.close("crashed", "could not attach")
             raise
 
-    def hook(self, function: Callable[..., None]) -> Callable[..., None]:
+    def hook(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A hook whose failures stay ours, and whose time is counted."""
         return partial(self.safely, function)
 
-    def safely(self, function: Callable[..., None], *args: Any) -> None:
+    def safely(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call what may not raise into the training."""
         started = time.perf_counter()
         with np.errstate(all="ignore"):
-            self.faults.call("torch hooks", function, *args, default=None)
+            result = self.faults.call("torch hooks", function, *args, default=None)
         if self.faults.counts and not self.faults.is_on("torch hooks"):
             self._undo_all()
             self._pending.clear()
         self._hook_seconds += time.perf_counter() - started
+        return result
 
     def _after_backward(self) -> None:
         """The gradients of this backward pass are complete."""
@@ -115,21 +117,22 @@ class TorchWatcher(Watcher):
     def _running_closure(self) -> Step | None:
         return next((step for step in self._steps.values() if step.has_closure), None)
 
-    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An optimizer is about to step."""
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An optimizer is about to step; returns its arguments anew when there is a closure among them."""
         self.has_stepped = True
-        held = self._held_by(optimizer)
+        held = self._holders.of(optimizer)
         if held is None:
-            return
+            return None
         if (key := id(optimizer)) in self._steps:
             if is_nested(optimizer):
                 self._steps[key].nested += 1
-                return
+                return None
             self._undo(key)  # of a step that raised
         row = self._row_of(optimizer, held)
         self._between.stepping(optimizer, row)
         self._stepped_in_backward = in_backward()
-        step = Step(optimizer, held, has_closure=len(args) > 1 or kwargs.get("closure") is not None)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        step = Step(optimizer, held, has_closure=closure is not None)
         self._steps[key] = step
         if self._policy.state.lr_factor != 1.0 and not self.settings.dry_run:
             step.undo.append(ScaledLR(optimizer, self._policy.state.lr_factor).undo)
@@ -138,32 +141,31 @@ class TorchWatcher(Watcher):
             step.updates = self.faults.call(
                 "statistics", Updates, held.places, held.parameters, turn=turn, default=None
             )
-        if step.has_closure:
-            step.counters = KeptCounters(optimizer) if self._in_step.can_skip else None
-        else:
-            self._use(step, row, self._pending.read(optimizer, held, sample=row.is_sampled), is_recorded=True)
+        if closure is None:
+            self._use_pending(step, row)
+            return None
+        step.counters = KeptCounters(optimizer) if self._in_step.can_skip else None
+        evaluate = self._evaluating(closure, step, row)
+        return ((args[0], evaluate, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluate})
 
-    def _held_by(self, optimizer: Optimizer) -> Held | None:
-        """What an optimizer holds now, when that is ours; new parameters become new columns."""
-        parameters, known = held_by(optimizer), self._held.get(optimizer)
-        count = len(self._gradients.parameters)
-        if known is not None and known.is_current(parameters, count):
-            return known if known.places else None
-        if known is None and not any(id(parameter) in self._place for parameter in parameters):
-            parameters = []  # of another model
-        for parameter in parameters:
-            if id(parameter) not in self._place:
-                self._add_parameter(parameter)
-        number = len(self._held) if known is None else known.number
-        places = [self._place[id(parameter)] for parameter in parameters]
-        held = Held(held_by(optimizer), places, len(self._gradients.parameters), number=number)
-        self._held[optimizer] = held
-        return held if places else None
+    def _evaluating(self, closure: Callable[[], Any], step: Step, row: Row) -> Callable[[], Any]:
+        """The closure; when it runs no backward pass of its own, the gradients are taken behind it."""
 
-    def _add_parameter(self, parameter: nn.Parameter) -> None:
-        place = len(self._gradients.parameters)
-        self._place[id(parameter)] = place
-        self._gradients.add(parameter)
+        def evaluate() -> Any:
+            result = closure()
+            if not step.evaluations:
+                step.evaluations = 1
+                self.safely(self._use_pending, step, row)
+            return result
+
+        return evaluate
+
+    def _use_pending(self, step: Step, row: Row) -> None:
+        reading = self._pending.read(step.optimizer, step.held, sample=row.is_sampled)
+        self._use(step, row, reading, is_recorded=True)
+
+    def _gain_parameter(self, parameter: nn.Parameter, place: int) -> None:
+        """An optimizer turned out to hold a parameter that has no column yet."""
         self._pending.grow()
         self._backward.add([place])
         if self._row is not None:
@@ -177,7 +179,7 @@ class TorchWatcher(Watcher):
         self._backward_since_step = False
         self._logbook.stepping()
         if self._row is None:
-            number = self._next_step + len(self._in_flight)
+            number = self._upcoming
             self._row = Row(
                 number,
                 np.full(len(self._gradients.parameters), NOT_MEASURED, np.float32),
@@ -219,6 +221,7 @@ class TorchWatcher(Watcher):
             step.nested -= 1
             return
         self._undo(id(optimizer))
+        self._backward_since_step = False  # those of a closure belong to this step
         if step.updates is not None and not self._row.skip_reason:
             self.faults.call("statistics", self._put_updates, step.updates, self._row, default=None)
         self._pending.forget(step.held)
@@ -305,10 +308,16 @@ class TorchWatcher(Watcher):
         if self._uses is None and self._is_first_row and isinstance(loss, Tensor) and loss.grad_fn is not None:
             self.faults.call("graph", self._read_graph, loss, default=None)
         is_ahead = self._backward_since_step and not self._steps
-        self._logbook.add(checked, is_first=self._row is None and self._is_first_row, is_ahead=is_ahead)
+        running = self._running_closure()
+        self._logbook.add(
+            checked,
+            is_first=self._row is None and self._is_first_row,
+            is_ahead=is_ahead,
+            is_repeated=running is not None and running.evaluations > 1,
+        )
 
     def _read_graph(self, loss: Tensor) -> None:
-        self._uses = read_graph(loss.grad_fn, self._place)
+        self._uses = read_graph(loss.grad_fn, self._holders.place)
 
     def mark(self, text: str) -> None:
         """See `Watcher.mark`."""
@@ -317,19 +326,33 @@ class TorchWatcher(Watcher):
 
     def clipping(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
         """The user's loop is about to scale gradients, by `clip_grad_norm_` or its kin."""
-        places = [place for parameter in parameters if (place := self._place.get(id(parameter))) is not None]
+        places = self._holders.places(parameters)
         self._pending.is_announced = bool(places)
         if not places:
             return
-        number = self._next_step + len(self._in_flight) + (self._row is not None)
-        is_sampled = number % self.settings.stats_every == 0 or (self._row is not None and self._row.is_sampled)
-        self._pending.before_clip(places, max_norm, total_norm, sample=is_sampled)
+        self._pending.before_clip(places, max_norm, total_norm, sample=self._is_sampled_next())
+        if self._row is not None and self._running_closure() is not None:
+            # Within a closure the row has its gradients already, and not yet what they are multiplied by.
+            self._row.put_coefficient(host_or_copy((max_norm / (total_norm + EPSILON)).clamp(max=1.0)))
         if max_norm == math.inf and total_norm.device.type == "cpu" and not math.isfinite(float(total_norm)):
-            self.mark(f"clip_grad_norm_(max_norm=inf) at norm {float(total_norm)} turns every gradient into NaN")
+            text = f"clip_grad_norm_(max_norm=inf) at norm {float(total_norm)} turns every gradient into NaN"
+            self.monitor.mark(text, self._upcoming)
+
+    def _is_sampled_next(self) -> bool:
+        """Whether the next optimizer to step may step in a row that is sampled."""
+        row = self._row
+        if row is not None and row.is_sampled and len(row.stepped) < len(self._holders):
+            return True
+        return self._upcoming % self.settings.stats_every == 0
+
+    @property
+    def _upcoming(self) -> int:
+        """Number of the row that the next step opens."""
+        return self._next_step + len(self._in_flight) + (self._row is not None)
 
     def unscaling(self, optimizer: Optimizer, scale: Tensor) -> None:
         """A GradScaler is about to divide the gradients of an optimizer by its scale."""
-        held = self._held_by(optimizer)
+        held = self._holders.of(optimizer)
         self._pending.is_announced = held is not None
         if held is not None:
             self._pending.before_unscale(held, scale)
@@ -340,7 +363,7 @@ class TorchWatcher(Watcher):
 
     def overflowed(self, optimizer: Optimizer, scale: Tensor) -> None:
         """A GradScaler found an overflow and left the step out."""
-        held = self._held_by(optimizer)
+        held = self._holders.of(optimizer)
         if held is not None:
             row = self._row_of(optimizer, held)
             self._put_reading(row, held, self._pending.read(optimizer, held, sample=row.is_sampled))
@@ -349,7 +372,8 @@ class TorchWatcher(Watcher):
             self._pending.forget(held)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Watcher.state_dict`."""
+        """See `Watcher.state_dict`; the step in progress is complete with it."""
+        self.faults.call("torch hooks", partial(self._close_open_row, is_last=True), default=None)
         return {**super().state_dict(), "in_step": self._in_step.decider.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
@@ -370,6 +394,11 @@ class TorchWatcher(Watcher):
         super().close(status, detail)
 
 
+def _stop(watcher: TorchWatcher | None, words: str) -> None:
+    if watcher is not None:
+        watcher.on_stop(words)
+
+
 def _checked(name: str, value: Any) -> Any:
     """A logged value as a float; a scalar tensor on an accelerator as a copy there."""
     if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "cpu":
@@ -381,9 +410,7 @@ def watch_torch(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, **settings: Any
 ) -> TorchWatcher:
     """See `gradwatch.watch`."""
-    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-    if not isinstance(given, (list, tuple)):
-        raise ModelError(f"'optimizer' must be a torch.optim.Optimizer, a list of them, or None: {given!r}")
+    given = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     optimizers = [unwrapped(each) for each in given]
     loss_fn = settings.get("loss_fn")
     if loss_fn is not None and not isinstance(loss_fn, nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.backends import torch_taps
 from gradwatch.errors import ModelError
@@ -26,15 +28,14 @@ def attach(watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.M
         loss_fn: A module whose output is the loss; None for none.
     """
     handles: list[Any] = []
-    before, after = watcher.hook(watcher.before_step), watcher.hook(watcher.after_step)
+    before, after = _untraced(watcher.hook(watcher.before_step)), _untraced(watcher.hook(watcher.after_step))
     for optimizer in optimizers:
         handles.append(optimizer.register_step_pre_hook(before))
         handles.append(optimizer.register_step_post_hook(after))
     reference = weakref.ref(watcher)
     if not optimizers:
-        hooks = torch.optim.optimizer
-        handles.append(hooks.register_optimizer_step_pre_hook(_weakly(reference, "before_step")))
-        handles.append(hooks.register_optimizer_step_post_hook(_weakly(reference, "after_step")))
+        handles.append(register_optimizer_step_pre_hook(_untraced(_weakly(reference, "before_step"))))
+        handles.append(register_optimizer_step_post_hook(_untraced(_weakly(reference, "after_step"))))
     if loss_fn is not None:
         handles.append(loss_fn.register_forward_hook(LossHook(reference)))
     ear = Ear(reference)
@@ -51,11 +52,21 @@ def _let_go(handles: Sequence[Any], ear: Ear) -> None:
     torch_taps.leave(ear)
 
 
-def _weakly(reference: weakref.ref[TorchWatcher], name: str) -> Callable[..., None]:
-    def hook(*args: Any) -> None:
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, run as it is where the step of the optimizer itself is compiled."""
+    # Torch imports its compiler with the first optimizer; before that an import would cost a second.
+    outside: Any = torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else None
+
+    def call(*args: Any) -> Any:
+        return outside(*args) if outside is not None and torch.compiler.is_compiling() else hook(*args)
+
+    return call
+
+
+def _weakly(reference: weakref.ref[TorchWatcher], name: str) -> Callable[..., Any]:
+    def hook(*args: Any) -> Any:
         watcher = reference()
-        if watcher is not None:
-            watcher.safely(getattr(watcher, name), *args)
+        return None if watcher is None else watcher.safely(getattr(watcher, name), *args)
 
     return hook
 

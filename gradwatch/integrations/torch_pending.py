@@ -166,7 +166,9 @@ class Pending:
         norms = held.part(pending.norms) / (self._scales.get(held.number, 1.0) * scale)
         if sample:
             self.sample()
-        reading = Reading(norms, norms, extremes=self._extremes_of(held, scale))
+        reading = Reading(
+            norms, norms, extremes=self._extremes_of(held, scale) if sample or _is_damaged(norms) else None
+        )
         factor = self._clips.part(held) if self._clips else 1.0
         if changed and self._unexplained < _BELIEVE:
             self._unexplained += 1

@@ -141,19 +141,21 @@ class Logbook:
         self._ahead: dict[str, Any] = {}
         self._early: set[str] = set()
 
-    def add(self, numbers: dict[str, Any], *, is_first: bool, is_ahead: bool) -> None:
+    def add(self, numbers: dict[str, Any], *, is_first: bool, is_ahead: bool, is_repeated: bool = False) -> None:
         """Note numbers.
 
         Args:
             numbers: Names to numbers or scalar tensors.
             is_first: No step was taken yet.
             is_ahead: A backward pass was seen since the last step.
+            is_repeated: The step evaluates its closure once more; what the first evaluation logged stays.
         """
         if is_first:
             self._early.update(numbers)
         for name, value in numbers.items():
             book = self._ahead if is_first or is_ahead or name in self._early else self._current
-            book[name] = value
+            if not (is_repeated and name in book):
+                book[name] = value
 
     def stepping(self) -> None:
         """An optimizer steps: what was logged ahead belongs to the row that is open now."""
