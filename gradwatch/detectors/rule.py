@@ -122,11 +122,11 @@ class Rule(Detector, Remembers):
 
 
 def _check(name: str, value: object, limits: Mapping[str, Any]) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if limits["whole"] and (not number or value != int(value)):  # type: ignore[call-overload]
-        raise ConfigurationError.of(name, f"a whole number {limits['words']}".strip(), value)
-    if not number or math.isnan(value):  # type: ignore[arg-type]
-        raise ConfigurationError.of(name, f"a number {limits['words']}".strip(), value)
+    kind = "a whole number" if limits["whole"] else "a number"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ConfigurationError.of(name, f"{kind} {limits['words']}".strip(), value)
+    if limits["whole"] and (math.isinf(value) or value != int(value)):
+        raise ConfigurationError.of(name, f"{kind} {limits['words']}".strip(), value)
     above, least, most = limits["above"], limits["least"], limits["most"]
     if (above is not None and value <= above) or (least is not None and value < least) or value > most:
         raise ConfigurationError.of(name, limits["words"], value)

@@ -92,7 +92,7 @@ class Signals(Remembers):
             logs = np.log(norms)
         logs[none] = math.nan
         power = np.where(none, 0.0, norms)
-        totals = np.sqrt(np.einsum("ij,ij->i", power, power))
+        totals = np.sqrt(np.add.reduce(np.square(power), axis=1))
         for i, step in enumerate(batch.step.tolist()):
             self.step, self.row = step, batch.grad_norm[i]
             self.norms, self.logs, self.zero, self.bad = norms[i], logs[i], zero[i], bad[i]
