@@ -106,6 +106,26 @@ class JaxTap(Tap):
 
         yield model, "_update_metrics_variables", note_loss
 
+    def loop_state(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a loop of the user's own hands to its next step."""
+        row = np.zeros(self.width + len(EXTRAS), np.float32) if state is None else state["row"]
+        return {"row": row, "lr_factor": self._factor, "actions": self._state if state is None else state["actions"]}
+
+    def keep(self, state: dict[str, Any]) -> None:
+        """Keep the row of a step of the user's own loop."""
+        self._pending.append(state["row"][None])
+
+    @contextmanager
+    def lent(self, state: dict[str, Any]) -> Iterator[Callable[[], dict[str, Any]]]:
+        """While this holds, the entry point works on the state of the user's loop; gives its new state in the end."""
+        self._rows, self._traced_factor, self._traced_state = [], state["lr_factor"], dict(state["actions"])
+
+        def after() -> dict[str, Any]:
+            row = self._rows[-1] if self._rows else state["row"]
+            return {"row": row, "lr_factor": state["lr_factor"], "actions": self._traced_state}
+
+        yield after
+
     before_step: Callable[[Any], Any] = staticmethod(lambda state: state)
     after_step: Callable[[Any, Any], None] = staticmethod(lambda state, logs: None)
 

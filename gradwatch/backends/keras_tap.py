@@ -36,6 +36,8 @@ class Tap(ABC):
     def __init__(self, rule: Rule, *, scales_lr: bool, faults: Faults) -> None:
         self.rule, self.scales_lr, self.faults = rule, scales_lr, faults
         self.columns: Columns | None = None
+        #: Called with an optimizer's number before it steps, wherever Python runs at that moment: not in a graph.
+        self.on_step: Callable[[int], None] | None = None
         self.optimizers: list[Any] = []
 
     def start(self, columns: Columns, optimizers: Sequence[Any]) -> None:

@@ -17,7 +17,6 @@ from gradwatch.faults import Faults
 from gradwatch.records import Floats
 
 Tensor = Any
-RING_ROWS = 64
 
 
 class TensorFlowTap(Tap):
@@ -32,7 +31,7 @@ class TensorFlowTap(Tap):
     """
 
     def __init__(
-        self, rule: Any, *, scales_lr: bool, faults: Faults, rows: int = RING_ROWS, prepare: Callable[[], None]
+        self, rule: Any, *, scales_lr: bool, faults: Faults, rows: int, prepare: Callable[[], None]
     ) -> None:
         super().__init__(rule, scales_lr=scales_lr, faults=faults)
         self._rows, self._prepare = rows, prepare
@@ -131,6 +130,8 @@ class TensorFlowTap(Tap):
             grads = list(grads)
             if not grads or len(grads) != len(variables) or not self._is_ready(optimizer, variables):
                 return original(grads, trainable_variables)
+            if self.on_step is not None and tf.executing_eagerly():
+                self.on_step(number)
             loss = self._loss()
             summed, loss = self._reduce(grads, loss)
             measured = (number, optimizer, summed, variables, loss)

@@ -97,6 +97,8 @@ class TorchTap(Tap):
         unchanged = (grads, False)
         if not grads or len(grads) != len(variables) or self.columns is None:
             return unchanged
+        if self.on_step is not None:
+            self.on_step(number)
         if not optimizer.built and (self.rule.acts or is_loss_scaled(optimizer)):
             optimizer.build(variables)
             optimizer.built = True

@@ -20,6 +20,7 @@ from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
 from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
 from gradwatch.backends.keras_model import Columns, optimizers_of
+from gradwatch.backends.keras_rule import Rule
 from gradwatch.backends.keras_tap import Tap
 from gradwatch.errors import ModelError
 from gradwatch.faults import Faults
@@ -31,6 +32,8 @@ from gradwatch.settings import Settings, settings_from
 READ_EVERY = 16
 #: Seconds between two looks, however slow the steps are.
 READ_SECONDS = 0.5
+#: Rows that a ring on the device holds at least.
+RING_ROWS = 64
 _MARK = "_gradwatch_instrument"
 
 
@@ -45,7 +48,9 @@ class Instrument:
     def __init__(self, model: keras.Model, policy: Policy) -> None:
         self.model = model
         self.session: Session | None = None
-        self.tap = _tap(self, policy, steps=getattr(model, "steps_per_execution", 1))
+        rows = max(RING_ROWS, 4 * getattr(model, "steps_per_execution", 1))
+        rule, scaled = rule_of(policy), scales_lr(policy.between)
+        self.tap = tap_for(rule, scaled=scaled, rows=rows, prepare=self.prepare)
         self.function = self._make()
 
     @classmethod
@@ -82,14 +87,20 @@ class Instrument:
             self.session.open()
 
 
-def _tap(instrument: Instrument, policy: Policy, *, steps: int) -> Tap:
-    rule, scaled, faults = rule_of(policy), scales_lr(policy.between), Faults()
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        from gradwatch.backends.keras_tensorflow import RING_ROWS, TensorFlowTap
+def tap_for(rule: Rule, *, scaled: bool, rows: int, prepare: Callable[[], None]) -> Tap:
+    """The tap of the backend in use.
 
-        rows = max(RING_ROWS, 4 * steps)
-        return TensorFlowTap(rule, scales_lr=scaled, faults=faults, rows=rows, prepare=instrument.prepare)
+    Args:
+        rule: The in-step actions.
+        scaled: Whether the learning rate may be scaled.
+        rows: Rows that a ring on the device holds.
+        prepare: See `TensorFlowTap`.
+    """
+    faults, backend = Faults(), keras.backend.backend()
+    if backend == "tensorflow":
+        from gradwatch.backends.keras_tensorflow import TensorFlowTap
+
+        return TensorFlowTap(rule, scales_lr=scaled, faults=faults, rows=rows, prepare=prepare)
     if backend == "torch":
         from gradwatch.backends.keras_torch import TorchTap
 
@@ -236,10 +247,10 @@ class Session:
         if self.model.train_function is self:
             self.model.train_function = self.plain
         self.instrument.session = None
-        watcher, self.watcher = self.watcher, None
+        watcher = self.watcher
         if watcher is None:
             return None
-        self.watcher = watcher
+        watcher.on_close = None
         watcher.faults.call("keras host", self.read, default=None)
         watcher.faults.call("keras host", watcher.settle, default=[])
         self.watcher = None

@@ -20,7 +20,7 @@ from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_rule import EXTRAS, Rule
 from gradwatch.provenance import _versions as versions_of
 from gradwatch.records import NOT_MEASURED, Floats, RunInfo
-from gradwatch.watcher import Watcher
+from gradwatch.watcher import Watcher, number
 
 _OPTIMIZER, _LR, _LOSS, _COEFFICIENT, _SKIP, _IS_UPDATE = range(len(EXTRAS))
 
@@ -67,9 +67,12 @@ class KerasWatcher(Watcher):
     """
 
     def __init__(self, columns: Columns, **settings: Any) -> None:
+        self._columns = columns
         self._calls: deque[Call] = deque()
         self._pending: list[_Row] = []
         self._rows_per_call = 1
+        self._taken_at = time.time()
+        self.on_close: Callable[[str, str], object] | None = None
         super().__init__(columns.parameters, framework="keras", **settings)
 
     @property
@@ -137,22 +140,31 @@ class KerasWatcher(Watcher):
             self._complete(done[place], new)
             self._pending += new
 
+    def take_in_order(self, rows: Floats) -> None:
+        """Take rows of a loop that nobody counts the calls of; optimizers that take turns share a step."""
+        now = Call(self._taken_at, None, 0, self.lr_factor, ended=time.time())
+        first = len(self._pending)
+        for values in rows:
+            self._add(now, values, self._pending)
+        self._complete(now, self._pending[first:])
+        self._taken_at = now.ended
+
     def _add(self, call: Call, values: npt.NDArray[np.float32], rows: list[_Row]) -> None:
         norms, extras = values[: -len(EXTRAS)], values[-len(EXTRAS) :]
         if not extras[_IS_UPDATE]:
             return
-        number = int(extras[_OPTIMIZER])
-        if not rows or number in rows[-1].stepped:
+        who = int(extras[_OPTIMIZER])
+        if not rows or who in rows[-1].stepped:
             rows.append(_Row(call, np.full(len(norms), NOT_MEASURED, np.float32), {"lr_factor": call.lr_factor}))
         row = rows[-1]
         row.norms = np.where(norms == np.float32(NOT_MEASURED), row.norms, norms)
-        row.metrics["lr" if not row.stepped else f"lr.{number}"] = float(extras[_LR])
+        row.metrics["lr" if not row.stepped else f"lr.{who}"] = float(extras[_LR])
         if extras[_LOSS] != NOT_MEASURED:
             row.metrics.setdefault("loss", float(extras[_LOSS]))
         coefficient = float(extras[_COEFFICIENT])
         row.metrics["clip_coefficient"] = min(coefficient, row.metrics.get("clip_coefficient", math.inf))
         row.skip_reason = max(row.skip_reason, int(extras[_SKIP]))
-        row.stepped.add(number)
+        row.stepped.add(who)
 
     def _complete(self, call: Call, rows: list[_Row]) -> None:
         """Add what the host knows of a call to its rows."""
@@ -179,14 +191,38 @@ class KerasWatcher(Watcher):
         else:
             self._logged.update(found)
 
-    def settle(self) -> list[Due]:
-        """Close the steps whose rows were taken; what is due before the next step."""
-        rows, self._pending = self._pending, []
+    def settle(self, *, keep: int = 0) -> list[Due]:
+        """Close the steps whose rows were taken, but for the newest `keep`; what is due before the next step."""
+        count = len(self._pending) - keep
+        rows, self._pending = self._pending[:count], self._pending[count:]
         due = [
             self._close_row(row.norms, row.metrics, statistics=row.statistics, skip_reason=row.skip_reason)
             for row in rows
         ]
         return [each for each in due if each is not None]
+
+    def log(self, **numbers: Any) -> None:
+        """See `Watcher.log`."""
+        if not self._calls and not self._pending:
+            return super().log(**numbers)
+        self._require_open()
+        known = {name: number(name, value) for name, value in numbers.items()}
+        if self._calls:
+            self._calls[-1].logs = {**self._calls[-1].logs, **known}
+        else:
+            self._pending[-1].metrics.update(known)
+        return None
+
+    def has_stepped(self, number: int) -> bool:
+        """Whether this optimizer is in the newest step already."""
+        return bool(self._pending) and number in self._pending[-1].stepped
+
+    def close(self, status: str = "finished", detail: str = "") -> None:
+        """See `Watcher.close`."""
+        on_close, self.on_close = self.on_close, None
+        if on_close is not None:
+            on_close(status, detail)
+        super().close(status, detail)
 
     def _info(self) -> RunInfo:
         info = super()._info()
@@ -207,7 +243,7 @@ def scales_lr(actions: Sequence[BetweenStepsAction]) -> bool:
 
 def _scalar(value: Any) -> float:
     try:
-        number = float(value.detach() if hasattr(value, "detach") else value)
+        found = float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError):
         return NOT_MEASURED
-    return math.nan if number == NOT_MEASURED else number
+    return math.nan if found == NOT_MEASURED else found

@@ -1,0 +1,128 @@
+"""Loops of the user's own, and `train_on_batch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import gradwatch as gw
+from gradwatch.errors import ModelError
+from gradwatch.integrations.keras_loop import KerasLoopWatcher, watch_keras
+from tests.keras.training import BACKEND, EXACT, batches, data, dense, difference, gradients, metrics, recorded, reference, relative_error
+
+SGD = keras.optimizers.SGD
+
+
+def _loop(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None = None, *, compiled: bool = False) -> None:
+    {"tensorflow": _tape, "torch": _plain, "jax": _stateless}[BACKEND](model, x, y, watcher, compiled=compiled)
+
+
+def _tape(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, *, compiled: bool) -> None:
+    import tensorflow as tf
+
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = keras.ops.mean(keras.losses.mean_squared_error(y, model(x, training=True)))
+        grads = tape.gradient(loss, model.trainable_variables)
+        model.optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+        return loss
+
+    run = tf.function(step) if compiled else step
+    for one in batches(x, y):
+        loss = run(*map(tf.constant, one))
+        if watcher is not None:
+            watcher.log(loss=loss)
+
+
+def _plain(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, *, compiled: bool) -> None:
+    import torch
+
+    for one in batches(x, y):
+        grads = [torch.tensor(grad, dtype=torch.float32) for grad in gradients(model, *one)]
+        with torch.no_grad():
+            model.optimizer.apply(grads, model.trainable_variables)
+        if watcher is not None:
+            watcher.log(loss=0.5)
+
+
+def _stateless(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, *, compiled: bool) -> None:
+    import jax
+
+    optimizer = model.optimizer
+
+    def loss_of(trained: Any, x: Any, y: Any) -> Any:
+        predicted, _ = model.stateless_call(trained, [], x)
+        return keras.ops.mean(keras.losses.mean_squared_error(y, predicted))
+
+    def step(trained: Any, held: Any, x: Any, y: Any, state: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(trained, x, y)
+        if watcher is None:
+            return loss, *optimizer.stateless_apply(held, grads, trained), state
+        return loss, *watcher.stateless_apply(optimizer, held, grads, trained, state=state)
+
+    run = jax.jit(step) if compiled else step
+    trained = [variable.value for variable in model.trainable_variables]
+    held = [variable.value for variable in optimizer.variables]
+    state = watcher.initial_state() if watcher is not None else {}
+    for one in batches(x, y):
+        loss, trained, held, state = run(trained, held, *one, state)
+        if watcher is not None:
+            state = watcher.took(state, loss=loss)
+    for variable, value in zip(model.trainable_variables, trained, strict=True):
+        variable.assign(value)
+
+
+def _model(**kwargs: Any) -> keras.Model:
+    model = dense(optimizer=SGD(0.05, momentum=0.9, **kwargs))
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_is_recorded_and_not_changed(tmp_path: Path, *, compiled: bool) -> None:
+    x, y = data()
+    plain, watched = _model(), _model()
+    _loop(plain, x, y, compiled=compiled)
+    with watch_keras(watched, watched.optimizer, run_dir=tmp_path / "run") as watcher:
+        _loop(watched, x, y, watcher, compiled=compiled)
+    assert difference(plain, watched) == 0.0
+    assert relative_error(recorded(tmp_path / "run"), reference(_model(), batches(x, y))) < EXACT
+    assert metrics(tmp_path / "run")["loss"].notna().all()
+    assert not {"apply", "stateless_apply", "scale_loss"} & set(vars(watched.optimizer))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loop_is_clipped_and_bad_batches_skipped(tmp_path: Path, *, compiled: bool) -> None:
+    x, y = data(24)
+    y[8] = np.nan
+    keep = np.r_[0:8, 12:24]
+    plain, watched = _model(global_clipnorm=0.3), _model()
+    _loop(plain, x[keep], y[keep], compiled=compiled)
+    actions = [gw.SkipStep(), gw.Clip(max_norm=0.3)]
+    with watch_keras(watched, watched.optimizer, run_dir=tmp_path / "run", actions=actions) as watcher:
+        _loop(watched, x, y, watcher, compiled=compiled)
+    assert difference(plain, watched) < EXACT
+    assert metrics(tmp_path / "run")["skip_reason"].tolist() == ["", "", "nonfinite", "", "", ""]
+
+
+def test_train_on_batch_is_watched_until_close(tmp_path: Path) -> None:
+    x, y = data()
+    plain, watched = dense(), dense()
+    for one in batches(x, y):
+        plain.train_on_batch(*one)
+    with watch_keras(watched, run_dir=tmp_path / "run"):
+        for one in batches(x, y):
+            watched.train_on_batch(*one)
+    assert difference(plain, watched) == 0.0
+    assert type(watched.train_function).__name__ == "function"
+    assert relative_error(recorded(tmp_path / "run"), reference(dense(), batches(x, y))) < EXACT
+
+
+def test_a_model_that_is_not_compiled_needs_an_optimizer(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(ModelError, match="is not compiled: name the optimizer"):
+        watch_keras(model, run_dir=tmp_path / "run")
