@@ -112,6 +112,15 @@ def _with_number(function: Any, bound: str, a: Any, b: Any) -> Any:
     return torch.clamp(a, **{bound: b}) if isinstance(a, Tensor) else torch.clamp(b, **{bound: a})
 
 
+def host_or_copy(number: Any) -> Any:
+    """A scalar as a float; one on an accelerator as a copy there, since it may change before anybody looks."""
+    if number is None:
+        return 1.0
+    if isinstance(number, Tensor):
+        return float(number) if number.device.type == "cpu" else number.detach().clone()
+    return float(number)
+
+
 class Transfer:
     """Numbers on their way to the host. CUDA copies them on a stream of their own into pinned memory.
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradwatch.backends.torch_graph import Uses
 from gradwatch.errors import ModelError
-from gradwatch.records import Parameter
+from gradwatch.records import NOT_MEASURED, Floats, Parameter
 
 _ACTIVATIONS = tuple(
     getattr(nn, name)
@@ -166,3 +166,12 @@ def is_compiled(model: nn.Module) -> bool:
         name.endswith("_orig_mod") or "_orig_mod." in name or getattr(module, "_compiled_call_impl", None) is not None
         for name, module in model.named_modules()
     )
+
+
+def thawed(parameters: Sequence[Parameter], norms: Floats) -> list[Parameter]:
+    """The parameters, those marked trainable that were frozen and have a gradient now; `norms` may be shorter."""
+    trained = [place < len(norms) and norms[place] != NOT_MEASURED for place in range(len(parameters))]
+    return [
+        dataclasses.replace(parameter, trainable=True) if is_trained and not parameter.trainable else parameter
+        for parameter, is_trained in zip(parameters, trained, strict=True)
+    ]

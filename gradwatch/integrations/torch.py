@@ -12,9 +12,9 @@ Numbers of an accelerator are not waited for: such a row is recorded `LAG` rows 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,9 +27,10 @@ from torch.optim import Optimizer
 from gradwatch.actions.base import Due
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
 from gradwatch.backends.torch_clips import EPSILON
+from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
-from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, with_uses
+from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, thawed, with_uses
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Updates, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
@@ -37,14 +38,13 @@ from gradwatch.integrations.torch_attach import attach, unwrapped
 from gradwatch.integrations.torch_between import BetweenSteps
 from gradwatch.integrations.torch_holders import Holders
 from gradwatch.integrations.torch_in_step import InStep
-from gradwatch.integrations.torch_pending import Pending, Reading, host_or_copy
+from gradwatch.integrations.torch_pending import Pending, Reading
 from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES
 from gradwatch.watcher import Watcher, number
 
 #: Rows that are closed before one whose numbers come from an accelerator: fixed, so that runs act at the same steps.
 LAG = 2
-_MOST_RATES = 8  # learning rates recorded: optimizers, and groups of one
 
 
 class TorchWatcher(Watcher):
@@ -66,13 +66,15 @@ class TorchWatcher(Watcher):
         self._gradients = Gradients(tensors)
         self._holders = Holders(self._gradients, self._gain_parameter)
         self._backward = BackwardEnd(self._gradients.parameters, self.hook(self._after_backward))
-        self._pending = Pending(self._gradients, self._backward)
+        self.pending = Pending(self._gradients, self._backward)
         self._row: Row | None = None
         self._steps: dict[int, Step] = {}
         self._in_flight: deque[Row] = deque()
         self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
         me = weakref.ref(self)
-        self._between = BetweenSteps(model, optimizers, self._policy, self.monitor, stop=lambda words: _stop(me(), words))
+        self._between = BetweenSteps(
+            model, optimizers, self._policy, self.monitor, stop=lambda words: _stop(me(), words)
+        )
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)
         self._uses: Uses | None = None
@@ -97,7 +99,7 @@ class TorchWatcher(Watcher):
             result = self.faults.call("torch hooks", function, *args, default=None)
         if self.faults.counts and not self.faults.is_on("torch hooks"):
             self._undo_all()
-            self._pending.clear()
+            self.pending.clear()
         self._hook_seconds += time.perf_counter() - started
         return result
 
@@ -105,13 +107,13 @@ class TorchWatcher(Watcher):
         """The gradients of this backward pass are complete."""
         self._backward_since_step = not self._stepped_in_backward
         self._stepped_in_backward = False
-        self._pending.measure()
+        self.pending.measure()
         running = self._running_closure()
         if running is not None and self._row is not None:
             # The first evaluation is the gradient of the step; others are a line search.
             running.evaluations += 1
             is_first = running.evaluations == 1
-            reading = self._pending.read(running.optimizer, running.held, sample=self._row.is_sampled and is_first)
+            reading = self.pending.read(running.optimizer, running.held, sample=self._row.is_sampled and is_first)
             self._use(running, self._row, reading, is_recorded=is_first)
 
     def _running_closure(self) -> Step | None:
@@ -161,12 +163,12 @@ class TorchWatcher(Watcher):
         return evaluate
 
     def _use_pending(self, step: Step, row: Row) -> None:
-        reading = self._pending.read(step.optimizer, step.held, sample=row.is_sampled)
+        reading = self.pending.read(step.optimizer, step.held, sample=row.is_sampled)
         self._use(step, row, reading, is_recorded=True)
 
     def _gain_parameter(self, parameter: nn.Parameter, place: int) -> None:
         """An optimizer turned out to hold a parameter that has no column yet."""
-        self._pending.grow()
+        self.pending.grow()
         self._backward.add([place])
         if self._row is not None:
             self._row.widen(place + 1)
@@ -179,19 +181,9 @@ class TorchWatcher(Watcher):
         self._backward_since_step = False
         self._logbook.stepping()
         if self._row is None:
-            number = self._upcoming
-            self._row = Row(
-                number,
-                np.full(len(self._gradients.parameters), NOT_MEASURED, np.float32),
-                {"time": time.time()},
-                is_sampled=number % self.settings.stats_every == 0,
-            )
-        self._row.stepped.add(held.number)
-        if held.number < _MOST_RATES:
-            for place, group in enumerate(optimizer.param_groups[:_MOST_RATES]):
-                name = "lr" if held.number == place == 0 else f"lr.{held.number}.{place}"
-                if "lr" in group:
-                    self._row.put_metric(name, host_or_copy(group["lr"]))
+            is_sampled = self._upcoming % self.settings.stats_every == 0
+            self._row = Row(self._upcoming, len(self._gradients.parameters), is_sampled=is_sampled)
+        self._row.put_optimizer(held.number, optimizer)
         return self._row
 
     def _use(self, step: Step, row: Row, reading: Reading, *, is_recorded: bool) -> None:
@@ -224,7 +216,7 @@ class TorchWatcher(Watcher):
         self._backward_since_step = False  # those of a closure belong to this step
         if step.updates is not None and not self._row.skip_reason:
             self.faults.call("statistics", self._put_updates, step.updates, self._row, default=None)
-        self._pending.forget(step.held)
+        self.pending.forget(step.held)
         self._between.stepped(self._row)
 
     def _put_updates(self, updates: Updates, row: Row) -> None:
@@ -284,13 +276,7 @@ class TorchWatcher(Watcher):
     def _thaw(self, row: Row) -> None:
         """Note that parameters which were frozen are trained now."""
         self._check()
-        self._parameters = (
-            tuple(
-                dataclasses.replace(parameter, trainable=parameter.trainable or norm != NOT_MEASURED)
-                for parameter, norm in zip(self._parameters, row.norms, strict=False)
-            )
-            + self._parameters[len(row.norms) :]
-        )
+        self._parameters = tuple(thawed(self._parameters, row.norms))
         self._frozen = [place for place, parameter in enumerate(self._parameters) if not parameter.trainable]
         self._new_columns()
 
@@ -327,10 +313,10 @@ class TorchWatcher(Watcher):
     def clipping(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
         """The user's loop is about to scale gradients, by `clip_grad_norm_` or its kin."""
         places = self._holders.places(parameters)
-        self._pending.is_announced = bool(places)
+        self.pending.is_announced = bool(places)
         if not places:
             return
-        self._pending.before_clip(places, max_norm, total_norm, sample=self._is_sampled_next())
+        self.pending.before_clip(places, max_norm, total_norm, sample=self._is_sampled_next())
         if self._row is not None and self._running_closure() is not None:
             # Within a closure the row has its gradients already, and not yet what they are multiplied by.
             self._row.put_coefficient(host_or_copy((max_norm / (total_norm + EPSILON)).clamp(max=1.0)))
@@ -353,23 +339,19 @@ class TorchWatcher(Watcher):
     def unscaling(self, optimizer: Optimizer, scale: Tensor) -> None:
         """A GradScaler is about to divide the gradients of an optimizer by its scale."""
         held = self._holders.of(optimizer)
-        self._pending.is_announced = held is not None
+        self.pending.is_announced = held is not None
         if held is not None:
-            self._pending.before_unscale(held, scale)
-
-    def changed(self) -> None:
-        """What `clipping` or `unscaling` announced is done."""
-        self._pending.after_change()
+            self.pending.before_unscale(held, scale)
 
     def overflowed(self, optimizer: Optimizer, scale: Tensor) -> None:
         """A GradScaler found an overflow and left the step out."""
         held = self._holders.of(optimizer)
         if held is not None:
             row = self._row_of(optimizer, held)
-            self._put_reading(row, held, self._pending.read(optimizer, held, sample=row.is_sampled))
+            self._put_reading(row, held, self.pending.read(optimizer, held, sample=row.is_sampled))
             row.put_metric("grad_scale", host_or_copy(scale))
             row.skip_reason = "grad_scaler"
-            self._pending.forget(held)
+            self.pending.forget(held)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Watcher.state_dict`; the step in progress is complete with it."""
@@ -390,7 +372,7 @@ class TorchWatcher(Watcher):
         self._backward.remove()
         self._undo_all()
         self.faults.call("torch hooks", self._close_open_row, is_last=True, default=None)
-        self._pending.clear()
+        self.pending.clear()
         super().close(status, detail)
 
 

@@ -94,7 +94,7 @@ class Ear:
     def after_change(self) -> None:
         """They were."""
         if watcher := self._watcher():
-            watcher.safely(watcher.changed)
+            watcher.safely(watcher.pending.after_change)
 
     def before_scaler_step(self, optimizer: Optimizer) -> None:
         """A GradScaler is about to step or to decide not to."""

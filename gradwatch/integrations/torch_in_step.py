@@ -7,9 +7,10 @@ from typing import Any
 
 from gradwatch.actions.base import InStepAction
 from gradwatch.backends.torch_decide import Decider
+from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_step import clip_values, scale_gradients, skip_step
 from gradwatch.backends.torch_units import scale_units, spared_by
-from gradwatch.integrations.torch_pending import Reading, host_or_copy
+from gradwatch.integrations.torch_pending import Reading
 from gradwatch.integrations.torch_row import Row, Step
 from gradwatch.records import Parameter
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
 from gradwatch.backends.torch_clips import Clips
+from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_gradients import Gradients, Held, Measurement
 from gradwatch.backends.torch_statistics import gradient_extremes
 from gradwatch.records import NOT_MEASURED
@@ -212,15 +213,6 @@ def _is_damaged(norms: Any) -> bool:
 def _unscaled(extremes: Any, scale: Any) -> Any:
     join = torch.cat if isinstance(extremes, Tensor) else np.concatenate
     return join([extremes[:1] / scale, extremes[1:]])
-
-
-def host_or_copy(number: Any) -> Any:
-    """A scalar as a float; one on an accelerator as a copy there, since it may change before anybody looks."""
-    if number is None:
-        return 1.0
-    if isinstance(number, Tensor):
-        return float(number) if number.device.type == "cpu" else number.detach().clone()
-    return float(number)
 
 
 def ratio(now: Any, before: Any) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,14 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.backends.torch_device import Transfer
+from gradwatch.backends.torch_device import Transfer, host_or_copy
 from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_statistics import Updates
 from gradwatch.backends.torch_step import KeptCounters
 from gradwatch.records import NOT_MEASURED, Floats
 
 Setter = Callable[[Any], None]
+_MOST_RATES = 8  # learning rates recorded: optimizers, and groups of one
 
 
 @dataclass
@@ -29,15 +31,28 @@ class Row:
     """
 
     number: int
-    norms: npt.NDArray[np.float32]
-    metrics: dict[str, float]
+    width: InitVar[int]
     is_sampled: bool
+    norms: npt.NDArray[np.float32] = field(init=False)
+    metrics: dict[str, float] = field(default_factory=lambda: {"time": time.time()})
     statistics: dict[str, Floats] = field(default_factory=dict)
     stepped: set[int] = field(default_factory=set)
     stage: str = "pre_clip"
     skip_reason: str = ""
     _later: list[tuple[Tensor, Setter]] = field(default_factory=list)
     _transfer: Transfer | None = None
+
+    def __post_init__(self, width: int) -> None:
+        self.norms = np.full(width, NOT_MEASURED, np.float32)
+
+    def put_optimizer(self, number: int, optimizer: Optimizer) -> None:
+        """An optimizer steps in this row: its learning rates."""
+        self.stepped.add(number)
+        if number >= _MOST_RATES:
+            return
+        for place, group in enumerate(optimizer.param_groups[:_MOST_RATES]):
+            if "lr" in group:
+                self.put_metric("lr" if number == place == 0 else f"lr.{number}.{place}", host_or_copy(group["lr"]))
 
     def put(self, value: Any, setter: Setter) -> None:
         """`setter(value)`, now or when the value has come from the device, as a flat float32 array."""
