@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run_suite(console: Console, suite: str, cases: list[Case], options: argparse.Namespace) -> None:
     if options.only:
         cases = [case for case in cases if any(word in case.id for word in options.only)]
+    if not cases:
+        raise SystemExit(f"No case of suite {suite!r} fits --half, --tiers, --only and --cases.")
     seeds = range(options.seeds)
     record_all(cases, seeds, jobs=options.jobs, progress=lambda line: console.print(line, style="dim", highlight=False))
     runs = score_runs(cases, replay_all(cases, seeds, jobs=options.jobs))
@@ -51,9 +53,7 @@ def _run_suite(console: Console, suite: str, cases: list[Case], options: argpars
     if options.list_misses:
         report.show_misses(console, runs)
     seconds, steps = sum(r.result.seconds for r in runs), sum(r.result.outcome.steps for r in runs)
-    console.print(
-        f"\nReplayed {steps:,} steps, {1e6 * seconds / max(1, steps):.0f} µs a step, record reading included."
-    )
+    console.print(f"\nReplayed {steps:,} steps, {1e6 * seconds / max(1, steps):.0f} µs a step, all rules together.")
     if not options.only:
         file = f"detection-{suite}-{options.half}"
         path = report.save(file, measured, scores, runs, suite=suite, half=options.half, seeds=options.seeds)

@@ -18,7 +18,7 @@ CASES_VARIABLE = "GRADWATCH_BENCHMARK_CASES"
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
     """Every case of every suite."""
-    published = published_cases(Path(os.environ.get(CASES_VARIABLE, DIRECTORY)))
+    published = published_cases(Path(os.environ.get(CASES_VARIABLE) or DIRECTORY))
     return (*published, *SCENARIOS.values())
 
 

@@ -136,3 +136,8 @@ def test_a_saved_result_says_when_where_and_with_what(tmp_path: Path, monkeypatc
     assert content["versions"]["torch"] == torch.__version__
     assert content["measures"]["recall"] == {"value": 1.0, "low": 1.0, "high": None}
     assert content["runs"][0]["case"] == FAULTY.id
+
+
+def test_a_choice_without_a_case_is_an_error() -> None:
+    with pytest.raises(SystemExit, match="No case of suite 'cases' fits"):
+        detection.main(["--suite", "cases", "--only", "no-such-case"])

@@ -135,10 +135,7 @@ def drift(layer: int, growth: float) -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=64), steps=DRIFT_START + 300, before_step=tilt)
 
 
-faulty(
-    "exploding", ends="silent", rules=("exploding",), causes=("drift",), name="drift-up-3-percent", layer=1, growth=1.03
-)(drift)  # fmt: skip
-faulty(
-    "vanishing", ends="silent", rules=("vanishing",), causes=("drift",), name="drift-down-3-percent", layer=2, growth=1 / 1.03
-)(drift)  # fmt: skip
-healthy(name="drift-none", layer=1, growth=1.0)(drift)
+DRIFT = "drift-up-3-percent", "drift-down-3-percent", "drift-none"
+faulty("exploding", ends="silent", rules=("exploding",), causes=("drift",), name=DRIFT[0], layer=1, growth=1.03)(drift)
+faulty("vanishing", ends="silent", rules=("vanishing",), causes=("drift",), name=DRIFT[1], layer=2, growth=0.971)(drift)
+healthy(name=DRIFT[2], layer=1, growth=1.0)(drift)
