@@ -55,8 +55,15 @@ class Chapter:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers concerned: those of the first finding first, the worst first in each."""
-        return tuple(dict.fromkeys(itertools.chain.from_iterable(f.layers for f in self.findings)))
+        """The layers concerned: where it began first, then those of the first finding, the worst first in each."""
+        origin = self.origin
+        found = itertools.chain.from_iterable(f.layers for f in self.findings)
+        return tuple(dict.fromkeys([*([origin] if origin else []), *found]))
+
+    @property
+    def origin(self) -> str:
+        """The layer in which the first finding says it began; empty where it only says which is worst."""
+        return str(self.findings[0].evidence.get("first_bad_layer") or "")
 
     @property
     def lead(self) -> Finding:
@@ -85,8 +92,8 @@ class Chapter:
         if len(layers) <= 2:
             return f"in {words.listing(layers)}"
         count = f"all {len(layers):,d} layers" if len(layers) == n_layers else f"{len(layers):,d} layers"
-        same_start = len({f.first_step for f in self.findings}) == 1
-        return f"in {count}, {'worst' if same_start else 'first'} in {words.shorten(self.findings[0].layers[0], 48)}"
+        first = self.origin or len({f.first_step for f in self.findings}) > 1
+        return f"in {count}, {'first' if first else 'worst'} in {words.shorten(layers[0], 48)}"
 
 
 @dataclass(frozen=True, slots=True)

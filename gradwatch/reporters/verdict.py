@@ -188,7 +188,7 @@ def _where(info: RunInfo, root: Chapter) -> str:
     order = sorted(depth, key=depth.__getitem__)
     if not root.layers:
         return "The whole model."
-    worst = root.findings[0].layers[0] if root.findings[0].layers else root.layers[0]
+    worst = root.layers[0]
     place = f" (layer {order.index(worst) + 1:,d} of {len(order):,d} from the input)" if worst in depth else ""
     rest = [name for name in root.layers if name != worst]
     return words.shorten(worst, 64) + place + (f"; also {words.listing(rest)}" if rest else "") + "."

@@ -122,14 +122,14 @@ def test_zooming_into_the_heatmap_zooms_into_every_panel(made_runs: MakeRun, ope
     page.mouse.move(x1, y1)
     page.mouse.up()
     page.wait_for_function("() => document.getElementById('overview')._fullLayout.xaxis.range[0] > 50")
-    shared = page.evaluate(
-        """() => { const layout = document.getElementById("overview")._fullLayout;
-        return [layout.xaxis.range, Object.keys(layout).filter((k) => k.startsWith("yaxis")).map((k) => layout[k].anchor)]; }"""
+    layout = page.evaluate(
+        """() => Object.fromEntries(Object.entries(document.getElementById("overview")._fullLayout)
+            .filter(([key]) => /^[xy]axis/.test(key)).map(([key, axis]) => [key, [axis.range, axis.anchor]]))"""
     )
+    range_ = layout.pop("xaxis")[0]
 
-    assert shared[0] == pytest.approx([100, 200], abs=2)
-    assert len(shared[1]) == 4
-    assert set(shared[1]) == {"x"}
+    assert range_ == pytest.approx([100, 200], abs=2)
+    assert [anchor for _, anchor in layout.values()] == ["x"] * 4
 
 
 def test_the_layer_table_filters(made_runs: MakeRun, open_page: Open) -> None:
@@ -266,6 +266,7 @@ def test_a_live_page_shows_a_finding_within_five_seconds_and_new_steps(
     page = context.new_page()
     said: list[str] = []
     page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda message: said.append(message.text))
     try:
         page.goto(served(tmp_path / "root"))
         page.click("td.name a")

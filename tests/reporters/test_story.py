@@ -141,3 +141,11 @@ def test_layers_that_fall_ill_one_after_another_are_told_from_the_first() -> Non
     told = chapters([found("exploding", i, 99, layers=(f"l{3 - i}",)) for i in range(4)])
 
     assert told[0].where(4) == "in all 4 layers, first in l3"
+
+
+def test_a_finding_that_knows_where_it_began_is_told_from_there() -> None:
+    evidence = {"first_bad_layer": "l0"}
+    told = chapters([Finding("n", "nonfinite", "critical", 5, 9, layers=("l3", "l2", "l0"), evidence=evidence)])
+
+    assert told[0].layers == ("l0", "l3", "l2")
+    assert told[0].where(4) == "in 3 layers, first in l0"

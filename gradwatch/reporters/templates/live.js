@@ -57,7 +57,8 @@
       } else {
         document.getElementById("pulse").textContent = `No answer (${answer.status})`;
       }
-    } catch {
+    } catch (error) {
+      console.error(error);
       document.getElementById("pulse").textContent = "The server does not answer";
     }
     window.setTimeout(look, EVERY);

@@ -216,7 +216,7 @@
   // What the colours of the heatmap mean besides the norm.
   const key = () => {
     const colours = look();
-    const cells = data.whole.cells;
+    const { cells } = decode(data.whole);
     const entries = [];
     if (cells.some(Number.isNaN)) entries.push([colours.nonfinite, "NaN or inf"]);
     if (cells.includes(0)) entries.push(["#000000", "exactly zero"]);
