@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
 import sys
@@ -19,7 +20,7 @@ from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine
-from gradwatch.errors import ConfigurationError, UnknownNameError, WatcherClosedError
+from gradwatch.errors import ConfigurationError, StopTraining, UnknownNameError, WatcherClosedError
 from gradwatch.faults import Faults
 from gradwatch.monitor import Monitor
 from gradwatch.provenance import default_run_dir, provenance
@@ -84,6 +85,10 @@ class Watcher:
         self._hook_seconds, self._hook_seconds_before, self._step_seconds, self._steps_seen = 0.0, 0.0, 0.0, 0
         self._last_time = 0.0
         self._closed = False
+        #: What `Stop` does with its message; by default it raises `StopTraining` at the step boundary.
+        self.on_stop: Callable[[str], None] = _raise_stop
+        #: Global gradient norm of the last recorded step.
+        self.last_global_norm: float | None = None
         self._pid = os.getpid()
         self._exit = _close_at_exit(self)
         self.monitor.open(info, self.run_dir, self._next_step)
@@ -92,6 +97,11 @@ class Watcher:
     def run_dir(self) -> Path:
         """Where the record is."""
         return Path(self._writer.path)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     @property
     def findings(self) -> list[Finding]:
@@ -183,6 +193,7 @@ class Watcher:
             metrics = {**metrics, **self._logged}
             self._logged = {}
         metrics.setdefault("global_norm", global_norm(norms))
+        self.last_global_norm = metrics["global_norm"]
         metrics.setdefault("lr_factor", self._policy.state.lr_factor)
         metrics.setdefault("skipped", float(skip_reason > 0))
         self._rows.add(self._next_step, norms, metrics, statistics=statistics, stage=stage, skip_reason=skip_reason)
@@ -270,6 +281,12 @@ class Watcher:
         else:
             self.close("crashed", f"{kind.__name__}: {error}")
 
+    def __del__(self) -> None:
+        # Dropped without `close`. At interpreter exit the one registered with atexit has come first.
+        if not getattr(self, "_closed", True):
+            with contextlib.suppress(Exception):
+                self.close()
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else "watching"
         return (
@@ -325,6 +342,10 @@ def number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise ConfigurationError.of(name, "a number or a scalar tensor", value) from None
     return math.nan if number == NOT_MEASURED else number
+
+
+def _raise_stop(message: str) -> None:
+    raise StopTraining(message)
 
 
 def _close_at_exit(watcher: Watcher) -> Callable[[], None]:

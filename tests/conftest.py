@@ -23,8 +23,12 @@ import hypothesis
 import numpy as np
 import pytest
 
+pytest_plugins = ("tests.extras",)
+
 #: What GRADWATCH_TEST_FRAMEWORKS may name, and the package that must then be there.
-FRAMEWORKS = {"torch": "torch"}
+FRAMEWORKS = {"torch": "torch", "lightning": "lightning", "transformers": "transformers", "ignite": "ignite"}
+#: Where the distribution has another name than the package.
+DISTRIBUTIONS = {"ignite": "pytorch-ignite"}
 
 hypothesis.settings.register_profile("gradwatch", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("gradwatch")
@@ -52,7 +56,7 @@ CHOSEN = _frameworks_under_test()
 
 
 def pytest_report_header() -> str:
-    versions = [f"{name} {importlib.metadata.version(FRAMEWORKS[name])}" for name in CHOSEN]
+    versions = [f"{name} {importlib.metadata.version(DISTRIBUTIONS.get(name, FRAMEWORKS[name]))}" for name in CHOSEN]
     return f"frameworks under test: {', '.join(versions) or 'none'}"
 
 

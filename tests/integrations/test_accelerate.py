@@ -1,0 +1,73 @@
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gradwatch as gw
+from tests.integrations import plain
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of the library's own imports
+    from accelerate import Accelerator
+
+from gradwatch.integrations.accelerate import watch
+
+pytestmark = [
+    pytest.mark.framework("transformers"),  # whose extra brings accelerate
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+def train(run_dir: Path, *, accumulate: int = 1, max_norm: float | None = None, **settings: Any) -> torch.nn.Module:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+    net: torch.nn.Module = plain.model()
+    x, y = plain.data()
+    net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=plain.RATE))
+    watcher = watch(accelerator, net, optimizer, run_dir=run_dir, **settings)
+    assert watcher is not None
+    for step in range(plain.STEPS):
+        rows = slice(step * plain.BATCH, (step + 1) * plain.BATCH)
+        with accelerator.accumulate(net):
+            loss = plain.loss_of(net(x[rows]), y[rows])
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and max_norm is not None:
+                accelerator.clip_grad_norm_(net.parameters(), max_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            watcher.log(loss=loss)
+    watcher.close()
+    return net
+
+
+def test_norms_are_those_of_the_plain_loop(tmp_path: Path) -> None:
+    train(tmp_path / "accelerate")
+    plain.train(tmp_path / "plain")
+
+    np.testing.assert_array_equal(plain.norms(tmp_path / "accelerate"), plain.norms(tmp_path / "plain"))
+
+
+def test_accumulated_batches_make_one_row(tmp_path: Path) -> None:
+    train(tmp_path / "accelerate", accumulate=3)
+    plain.train(tmp_path / "plain", accumulate=3)
+
+    np.testing.assert_allclose(plain.norms(tmp_path / "accelerate"), plain.norms(tmp_path / "plain"), rtol=1e-6)
+
+
+def test_norms_are_those_before_accelerate_clips(tmp_path: Path) -> None:
+    train(tmp_path / "accelerate", max_norm=0.5)
+    plain.train(tmp_path / "plain", max_norm=0.5)
+
+    np.testing.assert_allclose(plain.norms(tmp_path / "accelerate"), plain.norms(tmp_path / "plain"), rtol=1e-6)
+    metrics = gw.load(tmp_path / "accelerate").metrics()
+    np.testing.assert_allclose(metrics["clip_coefficient"], np.minimum(0.5 / metrics["global_norm"], 1.0), rtol=1e-5)
+
+
+def test_clip_is_that_of_the_plain_loop(tmp_path: Path) -> None:
+    net = train(tmp_path / "accelerate", actions=[gw.Clip(max_norm=0.5)])
+
+    assert plain.same_weights(net, plain.train(tmp_path / "plain", actions=[gw.Clip(max_norm=0.5)]))
