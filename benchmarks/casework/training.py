@@ -22,12 +22,21 @@ NONFINITE_LOSSES = 6
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: its losses, the training with the trained model, and the verdict on it."""
+    """A finished run.
+
+    Args:
+        losses: One a step, up to where it ended.
+        training: The training with the trained model.
+        outcome: The verdict on the losses.
+        metric: What the trained model is judged by; NaN where there is no such number.
+        stopped: Whether the action `Stop` ended it.
+    """
 
     losses: Losses
     training: Training
     outcome: Outcome
     metric: float
+    stopped: bool = False
 
 
 def train(
@@ -49,18 +58,34 @@ def train(
     """
     torch.set_num_threads(1)
     training = case.build(seed)
+    losses: list[float] = []
+    stopped = False
     if run_dir is None:
-        losses = run(training, lambda loss: None, seconds=seconds)
+        run(training, losses.append, seconds=seconds)
     else:
-        import gradwatch as gw
-
-        with gw.watch(training.model, training.optimizer, run_dir=run_dir, **(watch_kwargs or {})) as watcher:
-            try:
-                losses = run(training, lambda loss: watcher.log(loss=loss), seconds=seconds)
-            except gw.StopTraining:
-                losses = np.array([])
+        stopped = _run_watched(training, losses, run_dir, dict(watch_kwargs or {}), seconds)
     metric = training.metric() if training.metric else math.nan
-    return Trained(losses, training, case.judge(losses, seed), metric)
+    seen = np.array(losses or [math.nan])
+    return Trained(seen, training, case.judge(seen, seed), metric, stopped)
+
+
+def _run_watched(
+    training: Training, losses: list[float], run_dir: str | Path, settings: dict[str, Any], seconds: float
+) -> bool:
+    """Run under a watcher, adding to `losses`; whether `Stop` ended it."""
+    import gradwatch as gw
+
+    with gw.watch(training.model, training.optimizer, run_dir=run_dir, **settings) as watcher:
+
+        def log(loss: float) -> None:
+            losses.append(loss)
+            watcher.log(loss=loss)
+
+        try:
+            run(training, log, seconds=seconds)
+        except gw.StopTraining:
+            return True
+    return False
 
 
 def run(training: Training, log: Callable[[float], None], *, seconds: float = SECONDS) -> Losses:

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,11 @@ def test_a_published_case_fails_when_it_was_observed_to_fail(name: str) -> None:
 def test_a_seed_gives_the_same_losses_again() -> None:
     first, second = (train(QUICK["quad-edge-1.05"], 3).losses for _ in range(2))
     assert np.array_equal(first, second, equal_nan=True)
+
+
+def test_a_watched_training_has_the_losses_of_an_unwatched_one(tmp_path: Path) -> None:
+    watched = train(QUICK["so-34311586-buggy"], 0, run_dir=tmp_path / "run")
+    assert np.array_equal(watched.losses, train(QUICK["so-34311586-buggy"], 0).losses)
 
 
 def test_a_layer_list_becomes_ordinary_modules() -> None:
