@@ -127,7 +127,7 @@ def _state(info: RunInfo, trouble: Trouble | None, numbers: Numbers) -> State:
     if not numbers.steps:
         return "empty"
     if trouble is None:
-        return "unjudged" if _detectors_were_off(info) else "healthy"
+        return "unjudged" if _detectors_were_off(info) or _failed_detectors(info) else "healthy"
     if not trouble.is_open:
         return "recovered"
     return "sick" if trouble.severity == "critical" else "warning"
@@ -139,11 +139,19 @@ def _detectors_were_off(info: RunInfo) -> bool:
     return detectors is not None and len(detectors) == 0
 
 
+def _failed_detectors(info: RunInfo) -> bool:
+    """Whether a detector broke down while the run was watched: silence is then no proof of health."""
+    return any(part.startswith("detector") for part in info.overhead.get("errors") or {})
+
+
 def _headline(state: State, info: RunInfo, trouble: Trouble | None, numbers: Numbers) -> str:
     if state == "empty":
         return "No step has been recorded" + (" yet." if info.status == "running" else ".")
     if state == "unjudged":
-        return f"{words.plural(numbers.steps, 'step')} recorded, but no detector was on: nothing was judged."
+        steps = words.plural(numbers.steps, "step")
+        if _failed_detectors(info):
+            return f"{steps} without a finding, but detectors failed: that nothing is wrong cannot be said."
+        return f"{steps} recorded, but no detector was on: nothing was judged."
     said = f"{_trouble_in_words(trouble, len({p.layer for p in info.parameters}))}." if trouble else ""
     if state == "crashed":
         at = "before the first step" if numbers.last is None else f"after step {words.step(numbers.last)}"

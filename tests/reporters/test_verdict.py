@@ -150,3 +150,14 @@ def test_a_first_sign_before_the_trouble_is_named() -> None:
 def test_every_state_has_a_word_and_a_sign() -> None:
     assert all(word and sign for word, sign in STATE_WORDS.values())
     assert len({word for word, _ in STATE_WORDS.values()}) == len(STATE_WORDS)
+
+
+def test_a_run_whose_detectors_failed_is_not_called_healthy() -> None:
+    told = verdict(overhead={"errors": {"detector exploding": "ValueError: 1"}})
+
+    assert told.state == "unjudged"
+    assert "detectors failed" in told.headline
+
+
+def test_a_run_with_another_failed_part_of_gradwatch_is_still_judged() -> None:
+    assert verdict(overhead={"errors": {"alert mail": "OSError: no"}}).state == "healthy"
