@@ -225,7 +225,7 @@ def write_run(
                 store.seal()
         for kind, items in (("finding", findings), ("action", actions)):
             for item in items:
-                store.append_events(encode_event(kind, item.to_json()), sync=False)
+                store.append_events(encode_event(kind, item.to_json()))
         store.finish(status, "synthetic" if status == "crashed" else "", now=1.7e9 + 3600)
     finally:
         store.release()

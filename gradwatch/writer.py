@@ -92,7 +92,8 @@ class RunWriter:
         info = dataclasses.replace(info, **begun, **process)  # type: ignore[arg-type]
         store = Store(self.path, info, overwrite=overwrite, resume=resume, disk=self.disk_type())
         self.next_step = store.next_step
-        self._flush_every = flush_every
+        # Woken at half of what may be lost, the thread has the time of as many steps for the flush itself.
+        self._flush_at = max(1, flush_every // 2)
         self._recorder: Recorder | None = Recorder(store, flush_seconds)
         self._bytes_written = self._dropped_steps = 0
         self._finalizer = weakref.finalize(self, _abandon, self._recorder, self._pid)
@@ -114,7 +115,7 @@ class RunWriter:
         recorder.put_bytes += weight(batch)
         recorder.put_steps += len(batch.step)
         recorder.batches.append(batch)
-        if recorder.put_steps - recorder.taken_steps >= self._flush_every and not recorder.wake.is_set():
+        if recorder.put_steps - recorder.taken_steps >= self._flush_at and not recorder.wake.is_set():
             recorder.wake.set()
 
     def event(self, kind: str, data: Mapping[str, Any], *, sync: bool = False) -> None:
@@ -143,8 +144,7 @@ class RunWriter:
             raise ConfigurationError(f"RunInfo has no field {', '.join(sorted(unknown))}")
         recorder = self._recorder
         if recorder is not None and os.getpid() == self._pid:
-            recorder.changes.append(changes)
-            recorder.wake.set()
+            recorder.change(changes)
 
     def close(self, status: str = "finished", detail: str = "") -> None:
         """Write everything, seal the last segment, let the lock go; a second call does nothing.
@@ -164,7 +164,8 @@ class RunWriter:
     @property
     def bytes_written(self) -> int:
         """Bytes brought to disk by this process so far."""
-        return self._recorder.store.bytes_written if self._recorder else self._bytes_written
+        store = self._recorder.store if self._recorder else None
+        return store.bytes_written + store.bytes_sealed if store else self._bytes_written
 
     @property
     def dropped_steps(self) -> int:

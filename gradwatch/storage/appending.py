@@ -21,6 +21,7 @@ class AppendFile:
         self._disk, self.path, self.size = disk, path, size
         #: Whether something half-written lies at the end, which could not be taken back yet.
         self.is_torn = False
+        self._is_named = False
         self._file: int | None = disk.open(path)
         try:
             if os.fstat(self._file).st_size != size:
@@ -49,6 +50,9 @@ class AppendFile:
         """Make what was appended safe from a power cut."""
         if self._file is not None:
             self._disk.sync(self._file)
+            if not self._is_named:
+                self._disk.sync_folder(self.path.parent)
+                self._is_named = True
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

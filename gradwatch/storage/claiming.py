@@ -25,7 +25,7 @@ _OURS = {RUN_FILE, RUN_FILE + TEMPORARY_SUFFIX, EVENTS_FILE, LOCK_FILE, *FOLDERS
 
 
 def holds_run(path: Path) -> bool:
-    """Whether there is a run at the path; False when there is nothing, or an empty directory.
+    """Whether there is a run at the path; False for nothing, an empty directory, or one whose writer died at once.
 
     Raises:
         RunFormatError: When there is something else, or a run of a newer version.
@@ -33,14 +33,14 @@ def holds_run(path: Path) -> bool:
     if path.exists() and not path.is_dir():
         raise RunFormatError(f"{path} is a file, not a run directory")
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    if not names - {LOCK_FILE}:
-        return False
+    files = LocalFiles(path)
     if RUN_FILE in names:
         with contextlib.suppress(RunCorruptError):  # a damaged one can be overwritten, and perhaps resumed
-            decode_facts(LocalFiles(path).read(RUN_FILE), str(path / RUN_FILE))
-    elif not names <= _OURS:
+            decode_facts(files.read(RUN_FILE), str(path / RUN_FILE))
+        return True
+    if not names <= _OURS:
         raise RunFormatError(f"{path} holds something else than a run of gradwatch: choose another directory")
-    return True
+    return bool(files.listing(STEPS))
 
 
 def make_folders(path: Path, disk: Disk) -> None:

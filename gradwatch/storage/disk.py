@@ -34,22 +34,23 @@ class Disk:
         """Return when the content is safe from a power cut."""
         os.fsync(file)
 
-    def replace(self, path: Path, data: Any, *, sync: bool) -> None:
-        """Put a file with the content `data` in the place of `path` at once: there is the old content or the new."""
+    def replace(self, path: Path, data: Any) -> None:
+        """Put a file with the content `data` in the place of `path` at once, safe from a power cut.
+
+        At any moment there is the old content or the new; both are whole.
+        """
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         try:
             with temporary.open("wb") as file:
                 file.write(memoryview(data))
                 file.flush()
-                if sync:
-                    os.fsync(file.fileno())
+                os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        if sync:
-            self.sync_folder(path.parent)
+        self.sync_folder(path.parent)
 
     def sync_folder(self, path: Path) -> None:
         """Make the names in a folder survive a power cut, where the system can."""

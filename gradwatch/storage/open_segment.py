@@ -9,7 +9,7 @@ from pathlib import Path
 from gradwatch.records import StepBatch
 from gradwatch.storage.appending import AppendFile
 from gradwatch.storage.disk import Disk
-from gradwatch.storage.layout import Layout
+from gradwatch.storage.layout import OPEN_SUFFIX, Layout, Stem
 from gradwatch.storage.stream import StreamEncoder
 
 
@@ -18,15 +18,17 @@ class OpenSegment:
 
     Args:
         disk: What touches the file.
-        path: Of the file, which does not exist yet.
+        folder: Where the file is created.
+        stem: Its name.
         layout: Its columns.
 
     Raises:
         OSError: When the disk fails, from every method; then nothing was added.
     """
 
-    def __init__(self, disk: Disk, path: Path, layout: Layout) -> None:
-        self.path, self.layout = path, layout
+    def __init__(self, disk: Disk, folder: Path, stem: Stem, layout: Layout) -> None:
+        self.stem, self.layout = stem, layout
+        path = folder / f"{stem}{OPEN_SUFFIX}"
         self.rows, self.since = 0, time.monotonic()
         self._encoder = StreamEncoder(layout)
         self._file = AppendFile(disk, path)

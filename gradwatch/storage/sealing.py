@@ -45,15 +45,15 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
         return 0
     written = 0
     if (samples := encode_samples(segment)) is not None:
-        disk.replace(run / SAMPLES / name, samples, sync=True)
+        disk.replace(run / SAMPLES / name, samples)
         written += samples.size
     del samples
     rollups = encode_rollups(rollups_of(segment))
-    disk.replace(run / ROLLUPS / name, rollups, sync=False)
+    disk.replace(run / ROLLUPS / name, rollups)
     written += rollups.size
     del rollups
     sealed = encode_steps(segment)
-    disk.replace(run / STEPS / name, sealed, sync=True)
+    disk.replace(run / STEPS / name, sealed)
     disk.remove(stream)
     return int(written + sealed.size)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from gradwatch.storage.disk import Disk
 from gradwatch.storage.events import RESUMED, encode_event, whole_lines
 from gradwatch.storage.facts import Facts
 from gradwatch.storage.files import LocalFiles
-from gradwatch.storage.layout import EVENTS_FILE, LOCK_FILE, OPEN_SUFFIX, RUN_FILE, STEPS, Layout, Stem
+from gradwatch.storage.layout import EVENTS_FILE, LOCK_FILE, RUN_FILE, STEPS, Layout, Stem
 from gradwatch.storage.lock import Lock
 from gradwatch.storage.open_segment import OpenSegment
 from gradwatch.storage.sealing import seal
@@ -30,6 +32,8 @@ SEAL_BYTES, SEAL_ROWS, SEAL_SECONDS = 16 << 20, 1 << 16, 3600.0
 
 class Store:
     """One run directory, opened for writing and locked.
+
+    Two threads may use it, one that appends and one that calls `sync`, `seal` and `write_facts`.
 
     Args:
         path: The run directory; created if missing.
@@ -42,8 +46,8 @@ class Store:
     Attributes:
         next_step: The step after the last one.
         facts: Content of run.json.
-        bytes_written: So far.
-        has_ended: Whether there is a segment to seal.
+        bytes_written: So far, of steps and events.
+        bytes_sealed: So far, of sealed segments and run.json.
 
     Raises:
         RunExistsError: When there is a run and neither `overwrite` nor `resume` is set.
@@ -61,9 +65,10 @@ class Store:
         disk: Disk | None = None,
     ) -> None:
         self.path, self.disk = path, disk or Disk()
-        self.bytes_written = 0
+        self.bytes_written = self.bytes_sealed = 0
         self._open: OpenSegment | None = None
         self._events: AppendFile | None = None
+        self._facts_lock = threading.Lock()
         exists = holds_run(path)
         if exists and not overwrite and resume is False:
             message = f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True"
@@ -73,9 +78,9 @@ class Store:
         try:
             if exists and overwrite:
                 delete_run(path, self.disk)
-            self._resumes = self.has_ended = exists and not overwrite
+            self._resumes = exists and not overwrite
             self.facts = self._first_facts(info, resume)
-            self.write_facts(sync=True)
+            self.write_facts()
             make_folders(path, self.disk)
             self._events = self._open_events()
         except BaseException:
@@ -86,6 +91,7 @@ class Store:
         """The facts to start from; finds the place to go on."""
         catalog = Catalog(LocalFiles(self.path))
         stems = catalog.stems()
+        self._ended = deque(stem for stem in stems if not catalog.is_sealed(stem))
         self._sequence = stems[-1].sequence + 1 if stems else 0
         #: The last step recorded so far, and the step from which on the next segment answers.
         self._reached = catalog.last_step() if self._resumes else -1
@@ -131,33 +137,33 @@ class Store:
         known = merged(self.facts.info.parameters, parameters)
         if known != self.facts.info.parameters:
             self.update({"parameters": known})
-            self.write_facts(sync=False)
+            self.write_facts()
         if self._resumes or first <= self._reached:
-            self.append_events(encode_event("mark", {"name": RESUMED, "step": first}), sync=False)
-        path = self.path / STEPS / f"{Stem(self._sequence, first)}{OPEN_SUFFIX}"
-        self._open = OpenSegment(self.disk, path, layout)
+            self.append_events(encode_event("mark", {"name": RESUMED, "step": first}))
+        self._open = OpenSegment(self.disk, self.path / STEPS, Stem(self._sequence, first), layout)
         self._sequence += 1
         self._claim, self._resumes = None, False
         return self._open
 
-    def append_events(self, lines: bytes, *, sync: bool) -> None:
+    def append_events(self, lines: bytes) -> None:
         """Append whole lines to the events."""
         if self._events is not None:
             self._events.append(lines)
             self.bytes_written += len(lines)
-            if sync:
-                self._events.sync()
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Change fields of the `RunInfo`; `write_facts` brings them to disk."""
-        self.facts.info = dataclasses.replace(self.facts.info, **changes)
+        with self._facts_lock:
+            self.facts.info = dataclasses.replace(self.facts.info, **changes)
 
-    def write_facts(self, *, sync: bool, overhead: Mapping[str, Any] | None = None) -> None:
+    def write_facts(self, *, overhead: Mapping[str, Any] | None = None) -> None:
         """Replace `run.json`, with a new heartbeat and further numbers on gradwatch itself."""
-        self.update({"heartbeat": time.time(), "overhead": {**self.facts.info.overhead, **(overhead or {})}})
-        data = self.facts.encode()
-        self.disk.replace(self.path / RUN_FILE, data, sync=sync)
-        self.bytes_written += len(data)
+        with self._facts_lock:
+            info, now = self.facts.info, time.time()
+            self.facts.info = dataclasses.replace(info, heartbeat=now, overhead={**info.overhead, **(overhead or {})})
+            data = self.facts.encode()
+            self.disk.replace(self.path / RUN_FILE, data)
+        self.bytes_sealed += len(data)
 
     def sync(self) -> None:
         """Make all steps and events so far safe from a power cut."""
@@ -180,17 +186,19 @@ class Store:
         """Close the open segment; the next step begins another. `seal` turns it into Parquet."""
         if self._open is not None:
             segment, self._open = self._open, None
-            self.has_ended = True
             segment.close()
+            self._ended.append(segment.stem)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is a segment to seal."""
+        return bool(self._ended)
 
     def seal(self) -> None:
         """Turn the streams that are ended into Parquet, with rollups."""
-        current = self._open.path.name if self._open else ""
-        for name in sorted(LocalFiles(self.path).listing(STEPS)):
-            stem = Stem.parse(name.removesuffix(OPEN_SUFFIX))
-            if stem and name.endswith(OPEN_SUFFIX) and name != current:
-                self.bytes_written += seal(self.path, stem, self.disk)
-        self.has_ended = False
+        while self._ended:
+            self.bytes_sealed += seal(self.path, self._ended[0], self.disk)
+            self._ended.popleft()
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -206,7 +214,7 @@ class Store:
             self.end_segment()
             self.seal()
         finally:
-            self.write_facts(sync=True, overhead=overhead)
+            self.write_facts(overhead=overhead)
 
     def release(self) -> None:
         """Close all files and let the lock go."""

@@ -88,8 +88,8 @@ class QuickDisk(Disk):
     def sync_folder(self, path: Path) -> None:
         pass
 
-    def replace(self, path: Path, data: Any, *, sync: bool) -> None:  # noqa: ARG002
-        super().replace(path, data, sync=False)
+    def replace(self, path: Path, data: Any) -> None:
+        path.write_bytes(data)
 
 
 #: What a gradient norm may be, the awkward values often.
@@ -101,7 +101,7 @@ numbers = st.one_of(st.floats(), st.sampled_from([np.nan, np.inf, NOT_MEASURED])
 #: Names that could be taken for a column of something else.
 names = st.one_of(
     st.text(min_size=1, max_size=12),
-    st.sampled_from(["step", "stage", "skip_reason", "grad_norm", "metric/loss", "grad_norm/x", "a.b", "a", "weight_norm"]),
+    st.sampled_from(["step", "stage", "skip_reason", "grad_norm", "metric/loss", "grad_norm/x", "a.b", "a"]),
 ).filter(lambda name: name.isprintable())
 
 

@@ -47,7 +47,9 @@ def test_any_batch_comes_back_to_the_bit(sealed: bool, batch: StepBatch, cuts: s
 @pytest.mark.parametrize("sealed", [False, True], ids=["open", "sealed"])
 @given(batch=batches(most=9), data=st.data())
 @settings(max_examples=25)
-def test_a_prefix_of_the_bytes_reads_as_a_prefix_of_the_steps(sealed: bool, batch: StepBatch, data: st.DataObject) -> None:
+def test_a_prefix_of_the_bytes_reads_as_a_prefix_of_the_steps(
+    sealed: bool, batch: StepBatch, data: st.DataObject
+) -> None:
     """Law 5: the bytes of a run are those of its sealed segments, then those of the open one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
