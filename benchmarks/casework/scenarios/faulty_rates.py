@@ -197,7 +197,7 @@ def bootstrapped_values_diverge() -> Training:
     return Training(value, optimizer, step, 1500)
 
 
-@faulty("exploding", "nan", "oscillating", ends="blow_up", rules=EXPLODES, causes=("learning_rate", "loss_domain"))
+@faulty("exploding", "nan", "oscillating", ends="blow_up", rules=EXPLODES, causes=("learning_rate", "data_scale"))
 def vae_variance_overflows() -> Training:
     """Plain SGD on a summed loss: exp(log variance) leaves the range of float32."""
     x = mnist()[0].flatten(1)
