@@ -29,10 +29,12 @@ class Drift(Remembers):
 
     Attributes:
         active: bool array of shape (l,).
+        any: Whether any layer drifts.
         usual: The steepest slope of a layer that does not drift, fading, from before the window; nats per step.
     """
 
     active = PerLayer(False)
+    any = Kept(False)
     held = PerLayer(0)
     usual = Kept(0.0)
     recent = Kept[list[float]]([])
@@ -45,6 +47,7 @@ class Drift(Remembers):
         self.held = np.where(candidates, self.held + 1, 0)
         self.renewals += 1
         self.active = self.held >= (PATIENCE if self.renewals > 2 * BLOCKS else EARLY_PATIENCE)
+        self.any = bool(self.active.any())
         steepest = np.abs(trend.slope)
         if candidates.any():
             steepest = np.where(candidates, 0.0, steepest)
@@ -59,7 +62,7 @@ class Drift(Remembers):
             change = slope * WINDOW
             found &= (change >= rise) & (slope >= certainty * trend.error)
             found &= np.minimum(sign * trend.early, sign * trend.late) >= 0.3 * change
-        if self.active.any():
+        if self.any:
             found |= self.active & (slope >= 0.75 * growth) & (slope >= 0.5 * certainty * trend.error)
         if found.any():
             found &= slope + sign * trend.common >= 0.5 * growth

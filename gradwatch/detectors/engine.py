@@ -52,6 +52,8 @@ class Engine:
         else:
             chosen = list(detectors)
         self._detectors = [_made(one) for one in chosen]
+        self._rules = [(i, d) for i, d in enumerate(self._detectors) if isinstance(d, Rule)]
+        self._own = [(i, d) for i, d in enumerate(self._detectors) if not isinstance(d, Rule)]
         self._signals = Signals()
         self._signals.begin(context)
         self._off: set[int] = set()
@@ -69,7 +71,8 @@ class Engine:
     @property
     def open_findings(self) -> list[Finding]:
         """The findings that are open, as they stand now."""
-        current = {rule.current.id: self._diagnosed(rule.current) for rule in self._rules() if rule.current}
+        states = [rule.current for i, rule in self._rules if i not in self._off]
+        current = {state.id: self._diagnosed(state) for state in states if state is not None}
         return [current.get(key, finding) for key, finding in self._open.items()]
 
     def update(self, batch: StepBatch, on_error: OnError | None = None) -> list[Finding]:
@@ -103,9 +106,12 @@ class Engine:
         if not len(batch):
             return []
         found = self._run_rules(batch, on_error)
-        for i, detector in enumerate(self._detectors):
-            if not isinstance(detector, Rule) and i not in self._off:
-                found += self._guarded(i, on_error, detector.update, batch) or []
+        for i, detector in self._own:
+            if i not in self._off:
+                try:
+                    found += detector.update(batch)
+                except Exception as error:
+                    self._fail(i, error, on_error)
         for finding in found:
             if finding.is_open:
                 self._open[finding.id] = finding
@@ -163,17 +169,16 @@ class Engine:
         self._off = set(state["off"])
 
     def _run_rules(self, batch: StepBatch, on_error: OnError | None) -> list[Finding]:
-        rules = [(i, d) for i, d in enumerate(self._detectors) if isinstance(d, Rule) and i not in self._off]
+        rules = [(i, rule) for i, rule in self._rules if i not in self._off]
         found: list[Finding] = []
         if not rules:
             return found
         try:
             for now in self._signals.advance(batch):
-                for i, rule in rules:
-                    if i not in self._off:
-                        self._guarded(i, on_error, rule.step, now)
-                        if rule.changes:
-                            found += self._told(rule.take())
+                rules = self._step(rules, now, on_error)
+                news = [finding for _, rule in rules if rule.changes for finding in rule.take()]
+                if news:
+                    found += self._told(news)
         except Exception as error:
             if on_error is None:
                 raise
@@ -181,24 +186,28 @@ class Engine:
             on_error("signals", error)
         return found
 
+    def _step(self, rules: list[tuple[int, Rule]], now: Signals, on_error: OnError | None) -> list[tuple[int, Rule]]:
+        """Let the rules look at a step; those that are still on."""
+        broken = []
+        for i, rule in rules:
+            try:
+                rule.step(now)
+            except Exception as error:
+                self._fail(i, error, on_error)
+                broken.append(i)
+        return [item for item in rules if item[0] not in broken] if broken else rules
+
+    def _fail(self, i: int, error: Exception, on_error: OnError | None) -> None:
+        if on_error is None:
+            raise error
+        self._off.add(i)
+        on_error(_name(self._detectors[i]), error)
+
     def _told(self, findings: list[Finding]) -> list[Finding]:
         self._latest.update((finding.rule, finding) for finding in findings)
         told = [self._diagnosed(finding) for finding in findings]
         self._causes.update((finding.id, _diagnosis(finding)) for finding in told)
         return told
-
-    def _rules(self) -> list[Rule]:
-        return [d for i, d in enumerate(self._detectors) if isinstance(d, Rule) and i not in self._off]
-
-    def _guarded(self, i: int, on_error: OnError | None, call: Callable[[Any], Any], subject: object) -> Any:
-        try:
-            return call(subject)
-        except Exception as error:
-            if on_error is None:
-                raise
-            self._off.add(i)
-            on_error(_name(self._detectors[i]), error)
-            return None
 
     def _diagnosed(self, finding: Finding) -> Finding:
         """The finding with its cause: that of its opening, when most is known of what led to it, until it gets graver."""

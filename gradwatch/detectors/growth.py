@@ -83,7 +83,7 @@ class Exploding(Rule):
         trend, drift = now.trend, self.drift
         if trend.fresh:
             drift.follow(trend, growth=self.growth, rise=self.rise, certainty=self.certainty)
-        if not drift.active.any():
+        if not drift.any:
             return None
         slope = float(np.fmax.reduce(np.where(drift.active, trend.slope, -math.inf)))
         return Sign(

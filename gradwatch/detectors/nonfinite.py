@@ -48,7 +48,7 @@ class NonFinite(Rule):
         weights = now.samples.get("weight_norm")
         bad_weights = weights is not None and not (np.isfinite(weights) | (weights == NOT_MEASURED)).all()
         bad_loss = now.has_loss and not math.isfinite(now.loss)
-        bad_layers = bool(now.bad.any())
+        bad_layers = not now.clean and bool(now.bad.any())
         if self.scaler_skips:
             if self.scaler_skips < self.scaler_patience:
                 return None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.detectors.losses import LossCourse
-from gradwatch.detectors.memory import Kept, Part, PerLayer, Remembers
+from gradwatch.detectors.memory import FloatArray, Kept, Mask, Part, PerLayer, Remembers
 from gradwatch.detectors.pace import Pace
 from gradwatch.detectors.past import Opening, Sizes
 from gradwatch.detectors.profile import DepthProfile
@@ -84,14 +84,8 @@ class Signals(Remembers):
         self.modules = batch.modules
         sampled = _sampled(batch)
         norms = self.context.layers.norms(batch.grad_norm)
-        absent, zero = norms == NOT_MEASURED, norms == 0.0
-        bad = ~(np.isfinite(norms) | absent)
-        none = absent | zero | bad
-        clean = ~none.any(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            logs = np.log(norms)
-        logs[none] = math.nan
-        power = np.where(none, 0.0, norms)
+        clean, logs, zero, bad, absent = _logarithms(norms)
+        power = np.where(np.isnan(logs), 0.0, norms) if not clean.all() else norms
         totals = np.sqrt(np.add.reduce(np.square(power), axis=1))
         for i, step in enumerate(batch.step.tolist()):
             self.step, self.row = step, batch.grad_norm[i]
@@ -169,6 +163,20 @@ class Signals(Remembers):
         self.total_spread += weight * (size - self.total_spread)
         if self.total_seen >= SETTLED:
             self.peak = max(self.peak, self.total_level)
+
+
+def _logarithms(norms: FloatArray) -> tuple[Mask, FloatArray, Mask, Mask, Mask]:
+    """Which rows have a usable norm in every layer; logarithms; masks of zero, not finite and absent norms."""
+    if norms.size and norms.min() > 0 and norms.max() < math.inf:  # false of NaN
+        nothing = np.zeros(norms.shape, dtype=bool)
+        return np.ones(len(norms), dtype=bool), np.log(norms), nothing, nothing, nothing
+    absent, zero = norms == NOT_MEASURED, norms == 0.0
+    bad = ~(np.isfinite(norms) | absent)
+    none = absent | zero | bad
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(norms)
+    logs[none] = math.nan
+    return ~none.any(axis=1), logs, zero, bad, absent
 
 
 def _known(values: Floats | None, i: int) -> float:

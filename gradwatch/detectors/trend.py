@@ -27,13 +27,14 @@ _SLOPE, _SPREAD = _regression()
 class Trend(Remembers):
     """Slopes of the layers' log norms over the last 48 steps, from means of four steps, renewed every fourth.
 
-    What all layers do together (learning-rate schedules, convergence, a new curriculum) is subtracted as the median over the
-    layers, where there are three or more.
+    What all layers do together (learning-rate schedules, convergence, a new curriculum) is subtracted as the median over
+    the layers, where there are three or more.
 
     Attributes:
         slope: Nats per step, shape (l,); NaN until a window is full.
         error: Standard error of the slope from the residuals, shape (l,).
         early, late: Change over the first and the second half of the window, shape (l,), nats.
+        course: The last medians over the layers.
         common: Median slope of the layers, nats per step; 0 with fewer than three.
         fresh: Whether this step renewed them.
     """
@@ -41,6 +42,7 @@ class Trend(Remembers):
     count = Kept(0)
     sum = PerLayer(0.0)
     blocks = PerLayer(math.nan, rows=BLOCKS)
+    course = Kept[list[float]]([])
     slope = PerLayer(math.nan)
     error = PerLayer(math.nan)
     early = PerLayer(math.nan)
@@ -55,24 +57,31 @@ class Trend(Remembers):
         self.fresh = self.count % EVERY == 0
         if not self.fresh:
             return
+        block = self.sum / EVERY
+        middle = _median(block) if len(block) >= LEAST_LAYERS else 0.0
+        self.course = [*self.course[1 - BLOCKS :], middle]
         self.blocks[:-1] = self.blocks[1:]
-        self.blocks[-1] = self.sum / EVERY
+        self.blocks[-1] = block - middle
         self.sum[:] = 0.0
         if self.count >= WINDOW:
             self._fit()
 
     def _fit(self) -> None:
         blocks = self.blocks
-        self.common = 0.0
-        if blocks.shape[1] >= LEAST_LAYERS:
-            known = ~np.isnan(blocks).any(axis=0)
-            course = np.median(blocks if known.all() else blocks[:, known], axis=1) if known.any() else np.zeros(BLOCKS)
-            self.common = float(_SLOPE @ course)
-            blocks = blocks - course[:, None]
+        self.common = float(_SLOPE @ np.array(self.course))
         self.slope = _SLOPE @ blocks
-        centred = blocks - blocks.mean(axis=0)
+        centred = blocks - np.add.reduce(blocks, axis=0) / BLOCKS
         residual = np.einsum("ij,ij->j", centred, centred) - _SPREAD * self.slope**2
         self.error = np.sqrt(np.maximum(residual, 1e-12) / ((BLOCKS - 2) * _SPREAD))
-        middle = blocks[BLOCKS // 2 - 1 : BLOCKS // 2 + 1].mean(axis=0)
-        self.early = middle - blocks[:2].mean(axis=0)
-        self.late = blocks[-2:].mean(axis=0) - middle
+        middle = (blocks[BLOCKS // 2 - 1] + blocks[BLOCKS // 2]) / 2
+        self.early = middle - (blocks[0] + blocks[1]) / 2
+        self.late = (blocks[-2] + blocks[-1]) / 2 - middle
+
+
+def _median(block: FloatArray) -> float:
+    """The median of what is known; 0 where nothing is."""
+    middle = float(np.median(block))
+    if math.isnan(middle):
+        known = block[~np.isnan(block)]
+        middle = float(np.median(known)) if len(known) else 0.0
+    return middle

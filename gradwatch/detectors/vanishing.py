@@ -108,7 +108,7 @@ class Vanishing(Rule):
         trend, drift = now.trend, self.drift
         if trend.fresh:
             drift.follow(trend, growth=-self.decay, rise=self.rise, certainty=self.certainty)
-        if not drift.active.any() or (len(drift.active) < LEAST_LAYERS and now.course.fallen > self.learnt):
+        if not drift.any or (len(drift.active) < LEAST_LAYERS and now.course.fallen > self.learnt):
             return None
         slope = float(np.fmin.reduce(np.where(drift.active, trend.slope, math.inf)))
         return Sign(
