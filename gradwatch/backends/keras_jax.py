@@ -73,6 +73,12 @@ class JaxTap(Tap):
     def limit(self, grad: Tensor, limit: Tensor) -> Tensor:
         return jnp.clip(grad, -limit, limit).astype(grad.dtype)
 
+    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return _copied(list(values))  # the step that follows deletes the originals
+
+    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        return _change_norms(list(before), list(after))
+
     @contextmanager
     def stepping(self, model: keras.Model) -> Iterator[None]:
         """While this holds, `model.make_train_function` builds a step with our output and input."""
@@ -207,3 +213,13 @@ class JaxTap(Tap):
 def _squares(grads: list[Tensor]) -> Tensor:
     flat = [jnp.ravel(grad).astype(jnp.float32) for grad in grads]
     return jnp.stack([jnp.vdot(one, one) for one in flat])
+
+
+@jax.jit
+def _copied(values: list[Tensor]) -> list[Tensor]:
+    return [jnp.copy(value) for value in values]
+
+
+@jax.jit
+def _change_norms(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    return jnp.sqrt(jnp.stack([_squares(after), _squares([a - b for b, a in zip(before, after, strict=True)])]))

@@ -107,6 +107,14 @@ class Tap(ABC):
         norms = [_unit_norms(keras.ops.convert_to_tensor(tensor)) for tensor in (grad, weight)]
         return self.multiply(grad, scale_of(*norms))
 
+    @abstractmethod
+    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Copies of weights that stay as they are while the next step changes these."""
+
+    @abstractmethod
+    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        """L2 norms of weights and of their changes, shape (2, n), left on the device."""
+
     def learning_rate(self, optimizer: Any) -> Tensor | float:
         """The rate of the user's own, without gradwatch's factor; not measured where only a function of his knows it."""
         base = base_of(optimizer)

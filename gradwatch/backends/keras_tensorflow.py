@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import keras
@@ -43,29 +44,26 @@ class TensorFlowTap(Tap):
         self._read = 0
         self._seen = threading.local()  # each replica is traced in a thread of its own
         self.lost = 0
-        if scales_lr:
-            self._factor = self._variable(np.float32(1.0), each_replica=False)
 
     def start(self, columns: Columns, optimizers: Sequence[Any]) -> None:
         super().start(columns, optimizers)
-        strategy = tf.distribute.get_strategy() if tf.distribute.has_strategy() else None
-        self._strategy = strategy if strategy is not None and strategy.num_replicas_in_sync > 1 else None
-        with tf.init_scope():
-            self._ring = self._variable(np.zeros((self._rows, len(columns) + len(EXTRAS)), np.float32))
-            self._cursor = self._variable(np.int64(0))
+        strategies = [base_of(optimizer)._distribution_strategy for optimizer in optimizers]
+        self._strategy = next((each for each in strategies if each.num_replicas_in_sync > 1), None)
+        self._ring = self._variable(np.zeros((self._rows, len(columns) + len(EXTRAS)), np.float32))
+        self._cursor = self._variable(np.int64(0))
+        if self.rule.actions:
+            for number in range(len(optimizers)):
+                self._state[number] = [self._variable(value) for value in self.rule.initial_state()]
+        if self.scales_lr:
+            self._factor = self._variable(np.float32(1.0), each_replica=False)
 
     def _variable(self, value: Any, *, each_replica: bool = True) -> Any:
         """A variable outside the model; each replica has its own copy and the first one is read."""
         kind = {"aggregation": tf.VariableAggregation.ONLY_FIRST_REPLICA, "trainable": False}
         if each_replica:
             kind["synchronization"] = tf.VariableSynchronization.ON_READ
-        with tf.init_scope():
+        with tf.init_scope(), self._strategy.scope() if self._strategy is not None else nullcontext():
             return tf.Variable(value, **kind)
-
-    def _state_of(self, number: int) -> list[Any]:
-        if number not in self._state:
-            self._state[number] = [self._variable(value) for value in self.rule.initial_state()]
-        return self._state[number]
 
     def lr_factor(self) -> Tensor:
         return self._factor
@@ -111,6 +109,13 @@ class TensorFlowTap(Tap):
         rows = tf.gather(tf.convert_to_tensor(weight), grad.indices)
         scale = scale_of(tf.norm(grad.values, axis=-1, keepdims=True), tf.norm(rows, axis=-1, keepdims=True))
         return tf.IndexedSlices(grad.values * scale, grad.indices, grad.dense_shape)
+
+    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        # What is read stays: a variable whose value someone holds is copied before it is written.
+        return [tf.convert_to_tensor(value) for value in values]
+
+    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        return _change_norms(list(before), [tf.convert_to_tensor(value) for value in after])
 
     def _replacements(self, number: int, optimizer: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield from super()._replacements(number, optimizer)
@@ -188,7 +193,7 @@ class TensorFlowTap(Tap):
     ) -> Any:
         assert self.columns is not None
         gradients = gather(optimizer, grads, variables, self.columns.of, value_of=tf.convert_to_tensor)
-        state = self._state_of(number) if self.rule.actions else []
+        state = self._state.get(number, [])
         known, lr = [variable.read_value() for variable in state], self._rate(optimizer)
         current, verdict, skip = self.measure(number, optimizer, gradients, state=known, lr=lr, loss=loss)
         self._push(current)
@@ -256,6 +261,12 @@ def _apply_across(strategy: Any, skip: Tensor, original: Any, grads: Any, variab
 def _done(result: Any) -> Tensor:
     del result
     return tf.constant(0)
+
+
+@tf.function(reduce_retracing=False)
+def _change_norms(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    pairs = [(tf.cast(a, tf.float32), tf.cast(a, tf.float32) - tf.cast(b, tf.float32)) for b, a in zip(before, after)]
+    return tf.sqrt(2.0 * tf.stack([[tf.nn.l2_loss(part) for part in pair] for pair in pairs], axis=1))
 
 
 def _summed(grad: Any) -> Any:

@@ -68,6 +68,14 @@ class TorchTap(Tap):
     def limit(self, grad: Tensor, limit: Tensor) -> Tensor:
         return torch.clamp(grad, -limit, limit)
 
+    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [value.detach().clone() for value in values]
+
+    @torch.no_grad()
+    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+        now = [value.detach() for value in after]
+        return torch.stack([self.norms(now), self.norms(torch._foreach_sub(now, list(before)))])
+
     def _replacements(self, number: int, optimizer: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield from super()._replacements(number, optimizer)
         scale_loss = optimizer.scale_loss

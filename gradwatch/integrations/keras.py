@@ -15,17 +15,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
+import numpy as np
 
 from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
 from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
 from gradwatch.backends.keras_model import Columns, optimizers_of
-from gradwatch.backends.keras_rule import Rule
+from gradwatch.backends.keras_rule import Rule, base_of
 from gradwatch.backends.keras_tap import Tap
 from gradwatch.errors import ModelError
 from gradwatch.faults import Faults
 from gradwatch.integrations.keras_watcher import Call, KerasWatcher, rule_of, scales_lr
-from gradwatch.records import Finding
+from gradwatch.records import NOT_MEASURED, Finding, Floats
 from gradwatch.settings import Settings, settings_from
 
 #: Steps between two looks at the device, when nothing that is found could change the training.
@@ -124,7 +125,8 @@ class Session:
     def __init__(self, model: keras.Model, settings: Settings, *, watcher_state: dict[str, Any] | None = None) -> None:
         self.model, self.settings, self._state = model, settings, watcher_state
         self.watcher: KerasWatcher | None = None
-        self.epoch, self.batch = 0, 0
+        self.epoch, self.batch, self.calls = 0, 0, 0
+        self._before_sample: Any = None
         self._history, self._read_at = getattr(model, "history", None), 0.0
         self._call: Call | None = None
         _refuse(model)
@@ -147,6 +149,7 @@ class Session:
         if self.watcher is None and tap.columns is not None:
             given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
             self.watcher = KerasWatcher(tap.columns, **given)
+            self.watcher.micro_steps = _micro_steps(self.model)
             self.actions = KerasActions(
                 self.model,
                 tap.columns,
@@ -196,7 +199,35 @@ class Session:
         if watcher.decides_between_steps and self.actions is not None:
             self.actions.watch_over(watcher.coming_step, state, is_well=watcher.is_well)
         self._call = watcher.began(epoch=self.epoch, batch=self.batch)
+        self._before_sample = self._copies(state) if self._is_sampled() else None
         return state
+
+    def _is_sampled(self) -> bool:
+        """Whether this call makes one update, and the dearer statistics are due."""
+        assert self.watcher is not None
+        micro = self.watcher.micro_steps
+        single = self._is_jax or getattr(self.model, "steps_per_execution", 1) == 1
+        return single and self.calls % (self.settings.stats_every * micro) == micro - 1
+
+    def _trained(self, state: Any) -> tuple[list[Any], list[Any]]:
+        """The variables in training and their values."""
+        variables = self.model.trainable_variables
+        return variables, [v.value for v in variables] if state is None else list(state[0])
+
+    def _copies(self, state: Any) -> Any:
+        return self.instrument.tap.copies(self._trained(state)[1])
+
+    def _changes(self, before: Any, state: Any) -> Callable[[], tuple[Floats, Floats]]:
+        tap, (variables, values) = self.instrument.tap, self._trained(state)
+        found = tap.changes(before, values)
+
+        def read() -> tuple[Floats, Floats]:
+            norms = np.full((2, tap.width), NOT_MEASURED, np.float32)
+            columns = [tap.columns.of(variable) for variable in variables]  # type: ignore[union-attr]
+            norms[:, columns] = np.asarray(found)
+            return norms[0], norms[1]
+
+        return read
 
     def _act(self, due: Due, state: Any) -> Any:
         """Apply an action and record it; on JAX to the state of the training, which is returned."""
@@ -231,9 +262,13 @@ class Session:
         if watcher is not None:
             started = time.perf_counter()
             call = self._call or watcher.began(epoch=self.epoch, batch=self.batch)
+            if self._before_sample is not None:
+                before, self._before_sample = self._before_sample, None
+                call.changes = watcher.faults.call("keras sample", self._changes, before, state, default=None)
             watcher.faults.call("keras host", watcher.ran, call, logs, default=None)
             watcher._hook_seconds += time.perf_counter() - started
         self._call = None
+        self.calls += 1
         self.batch += 1 if self._is_jax else getattr(self.model, "steps_per_execution", 1)
 
     def epoch_ended(self, logs: dict[str, Any]) -> None:
@@ -259,6 +294,11 @@ class Session:
         if self.actions is not None:
             self.actions.close()
         return state
+
+
+def _micro_steps(model: keras.Model) -> int:
+    optimizer = getattr(model, "optimizer", None)
+    return getattr(base_of(optimizer), "gradient_accumulation_steps", None) or 1
 
 
 def _is_end_of_data(error: BaseException) -> bool:

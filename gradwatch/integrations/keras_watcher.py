@@ -71,6 +71,8 @@ class KerasWatcher(Watcher):
         self._calls: deque[Call] = deque()
         self._pending: list[_Row] = []
         self._rows_per_call = 1
+        #: Calls that make one update, with gradient accumulation.
+        self.micro_steps = 1
         self._taken_at = time.time()
         self.on_close: Callable[[str, str], object] | None = None
         super().__init__(columns.parameters, framework="keras", **settings)
@@ -93,7 +95,8 @@ class KerasWatcher(Watcher):
     @property
     def coming_step(self) -> int:
         """The number of the step that has not begun yet."""
-        return self._next_step + len(self._pending) + len(self._calls) * self._rows_per_call
+        waiting = len(self._calls) * self._rows_per_call // self.micro_steps
+        return self._next_step + len(self._pending) + waiting
 
     @property
     def lr_factor(self) -> float:

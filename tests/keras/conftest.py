@@ -20,6 +20,12 @@ OF_OTHERS = (
     "ignore:.*isinstance.treespec, LeafSpec:FutureWarning",
 )
 
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
 if not BACKEND:
     collect_ignore_glob = ["test_*.py"]
 

@@ -250,6 +250,7 @@ def test_mixed_precision(tmp_path: Path, policy: str) -> None:
     assert relative_error(recorded(tmp_path / "run"), reference(mixed(), batches(x, y))) < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_generators_and_early_stop(tmp_path: Path) -> None:
     x, y = data(16)
 

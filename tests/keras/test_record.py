@@ -94,3 +94,19 @@ def test_the_record_names_the_backend(tmp_path: Path) -> None:
     info = RunReader(tmp_path / "run").info
     assert (info.framework, info.config["backend"], info.status) == ("keras", BACKEND, "finished")
     assert {"keras", BACKEND} <= set(info.versions)
+
+
+def test_weights_and_their_updates_are_sampled(tmp_path: Path) -> None:
+    x, y = data(16)
+    model = dense()
+    weights = [model.get_weights()]
+    keep = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: weights.append(model.get_weights()))
+    if BACKEND == "jax":  # outside of this property, the weights are not in the model while it trains
+        keep = keras.callbacks.LambdaCallback()
+        keep.on_train_batch_end = lambda batch, logs=None: weights.append(keep.model.get_weights())
+    fit(model, x, y, GradWatch(run_dir=tmp_path / "run", stats_every=2), keep, epochs=1)
+    ratio = RunReader(tmp_path / "run").statistic("update_ratio").dropna()
+    assert ratio.index.tolist() == [0, 2]
+    for step, row in ratio.iterrows():
+        changes = [np.linalg.norm(b - a) / np.linalg.norm(b) for a, b in zip(*weights[step : step + 2], strict=True)]
+        assert row.to_numpy() == pytest.approx(changes, rel=1e-4)
