@@ -13,9 +13,11 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # what type checkers take for True; importing typing would be most of our own time
 if TYPE_CHECKING:
+    from gradwatch import alerts as alerts
     from gradwatch import detectors as detectors
     from gradwatch import errors as errors
     from gradwatch import keras as keras
+    from gradwatch import sinks as sinks
     from gradwatch import testing as testing
     from gradwatch.actions import AGC as AGC
     from gradwatch.actions import AutoClip as AutoClip
@@ -56,12 +58,14 @@ __all__ = [
     "StopTraining",
     "Watcher",
     "ZClip",
+    "alerts",
     "compare",
     "detectors",
     "errors",
     "keras",
     "load",
     "preflight",
+    "sinks",
     "testing",
     "watch",
 ]
@@ -91,9 +95,11 @@ _HOMES = {
 }
 #: Public module to the module it is.
 _MODULES = {
+    "alerts": "gradwatch.alerts",
     "detectors": "gradwatch.detectors",
     "errors": "gradwatch.errors",
     "keras": "gradwatch.keras",
+    "sinks": "gradwatch.sinks",
     "testing": "gradwatch.testing",
 }
 

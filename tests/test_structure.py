@@ -23,7 +23,7 @@ ROWS = (
     ("diagnosis",),
     ("writer", "reader", "detectors", "actions", "alerts", "sinks", "backends"),
     ("monitor", "reporters"),
-    ("run", "settings"),
+    ("run", "settings", "watchdog"),
     ("watcher",),
     ("integrations",),
     ("watch", "preflight", "keras"),

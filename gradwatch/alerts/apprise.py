@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,17 @@ class Apprise(Channel):
 
     def __init__(self, urls: str | Iterable[str], **routing: Any) -> None:
         super().__init__(**routing)
-        try:
-            import apprise
-        except ImportError:
-            raise MissingDependencyError.of("apprise", extra="alerts") from None
         given = [urls] if isinstance(urls, str) else list(urls)
         if not given:
             raise ConfigurationError.of("urls", "at least one address", given)
-        self._apprise: Any = apprise
-        self._servers = [server for place, url in enumerate(given) for server in self._parsed(place, url)]
+        with warnings.catch_warnings():  # of modules that apprise imports when it meets an address
+            warnings.simplefilter("ignore", DeprecationWarning)
+            try:
+                import apprise
+            except ImportError:
+                raise MissingDependencyError.of("apprise", extra="alerts") from None
+            self._apprise: Any = apprise
+            self._servers = [server for place, url in enumerate(given) for server in self._parsed(place, url)]
         self._secrets = (*given, *(part for server in self._servers for part in _secret_parts(server)))
         self._message, self._served = "", set[int]()
 

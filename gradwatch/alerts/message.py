@@ -37,6 +37,7 @@ class Group:
         advice: What to do, the best first.
         done: What gradwatch did about it since it was last told.
         waiting_since: Unix time from which the findings were held back by a cooldown, the rate limit, or quiet hours.
+        run: Name of the run, in messages of a watchdog over several.
     """
 
     rule: str
@@ -52,13 +53,18 @@ class Group:
     advice: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
     waiting_since: float | None = None
+    run: str = ""
 
     @property
     def headline(self) -> str:
         """Rule and layers in a few words."""
         where = f" in {self.layers[0]}" if self.layers else ""
         more = f" and {self.layer_count - 1} more layers" if self.layer_count > 1 else ""
-        return f"{_STATE_WORDS[self.state]}{self.rule}{where}{more}"
+        return f"{_STATE_WORDS[self.state]}{self._subject}{where}{more}"
+
+    @property
+    def _subject(self) -> str:
+        return f"{self.run} {self.rule}" if self.run else self.rule
 
     @property
     def text(self) -> str:
@@ -68,7 +74,7 @@ class Group:
             if self.first_step == self.last_step
             else f"steps {self.first_step}-{self.last_step}"
         )
-        lines = [f"{_STATE_WORDS[self.state]}{self.rule} ({self.severity}), {steps}"]
+        lines = [f"{_STATE_WORDS[self.state]}{self._subject} ({self.severity}), {steps}"]
         if self.layers:
             lines.append(f"  Layers: {_listed(self.layers[:_NAMED], self.layer_count)}")
         lines += [f"  {self.message}"] if self.message else []

@@ -148,4 +148,5 @@ class Topic:
             advice=() if over else lead.advice,
             done=done,
             waiting_since=waiting_since,
+            run=str(lead.evidence.get("run_name", "")),
         )
