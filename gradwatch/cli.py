@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -311,8 +312,10 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-def _busy(words: str) -> Any:
+def _busy(words: str) -> AbstractContextManager[Any]:
     """A spinner on standard error while something takes long; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        return nullcontext()
     from rich.console import Console
 
     return Console(stderr=True).status(f"{words} …")

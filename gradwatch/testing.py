@@ -30,6 +30,8 @@ Array = npt.NDArray[np.float32]
 SCENARIOS = ("healthy", "exploding", "vanishing", "spike", "nan", "dead")
 #: Steps that are drawn at a time: part of what a seed means.
 _CHUNK = 4096
+#: Steps that are appended at a time.
+_PIECE = 500
 
 
 def synthetic_parameters(count: int) -> tuple[Parameter, ...]:
@@ -187,6 +189,7 @@ def write_run(
     status: str = "finished",
     findings: Iterable[Finding] = (),
     actions: Iterable[ActionRecord] = (),
+    config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     **settings: Any,
 ) -> Path:
@@ -201,6 +204,7 @@ def write_run(
         status: What run.json says in the end: `finished`, `crashed`, or `running` (which reads as crashed).
         findings: To be recorded.
         actions: To be recorded.
+        config: Settings of the watcher that might have written it.
         overwrite: Replace a run that is there.
         settings: Of `synthetic_batches`.
 
@@ -215,14 +219,23 @@ def write_run(
 
     columns = synthetic_parameters(parameters) if isinstance(parameters, int) else tuple(parameters)
     place = Path(path)
-    info = RunInfo(columns, started=1.7e9, heartbeat=1.7e9 + 3600, framework="synthetic", host="synthetic", pid=1)
+    info = RunInfo(
+        columns,
+        started=1.7e9,
+        heartbeat=1.7e9 + 3600,
+        framework="synthetic",
+        host="synthetic",
+        pid=1,
+        config=config or {},
+    )
     store = Store(place, info, overwrite=overwrite)
     try:
         for batch in synthetic_batches(steps=steps, parameters=columns, seed=seed, scenario=scenario, **settings):
-            store.append(batch)
-            if store.is_full:
-                store.end_segment()
-                store.seal()
+            for piece in batch.split(_PIECE):
+                store.append(piece)
+                if store.is_full:
+                    store.end_segment()
+                    store.seal()
         for kind, items in (("finding", findings), ("action", actions)):
             for item in items:
                 store.append_events(encode_event(kind, item.to_json()))

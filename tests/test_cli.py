@@ -12,12 +12,18 @@ import pytest
 
 from gradwatch.cli import main
 from gradwatch.testing import write_run
-from tests.reporters.conftest import findings_of
+from tests.reporters.conftest import ENGINE, findings_of
 
 
 @pytest.fixture(scope="session")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("cli") / "healthy", steps=120, parameters=8, seed=3)
+    return write_run(
+        tmp_path_factory.mktemp("cli") / "healthy",
+        steps=120,
+        parameters=8,
+        seed=3,
+        config={"detectors": ENGINE.config()},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +93,7 @@ def test_compare_tells_where_runs_part(
 
 def test_compare_as_json_is_json(healthy: Path, sick: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(healthy), str(sick), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["first_difference"]["step"] >= 0
+    assert json.loads(capsys.readouterr().out)["partings"][0]["first_difference"]["step"] >= 0
 
 
 def test_export_writes_csv_to_standard_output(healthy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,7 +161,7 @@ def test_rules_that_break_a_rule_are_told(
 
 
 def test_list_tells_every_run_below_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_run(tmp_path / "a", steps=20, parameters=2)
+    write_run(tmp_path / "a", steps=20, parameters=2, config={"detectors": ENGINE.config()})
     write_run(tmp_path / "deep" / "er" / "b", steps=30, parameters=2, status="crashed")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "run.json").write_text("{")

@@ -8,11 +8,12 @@ import gradwatch as gw
 from gradwatch.errors import ConfigurationError, RunNotFoundError, UnknownNameError
 from gradwatch.run import Run, load
 from gradwatch.testing import write_run
+from tests.reporters.conftest import ENGINE
 
 
 @pytest.fixture
 def run(run_dir: Path) -> Run:
-    return load(write_run(run_dir, steps=50, parameters=4))
+    return load(write_run(run_dir, steps=50, parameters=4, config={"detectors": ENGINE.config()}))
 
 
 @pytest.mark.parametrize(

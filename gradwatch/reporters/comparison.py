@@ -99,18 +99,19 @@ class Comparison:
         frame.index.name = self.by
         return frame
 
-    def first_difference(self, tolerance: float = SAME) -> Parting | None:
-        """The first step, and the layer there, at which the first two runs' norms differ.
+    def first_difference(self, tolerance: float = SAME, *, other: int = 1) -> Parting | None:
+        """The first step, and the layer there, at which a run's norms differ from the first run's.
 
         Args:
             tolerance: Relative difference that still counts as equal, >= 0.
+            other: Place of the run that is held against the first.
 
         Returns:
             None when all their common steps are equal.
         """
         if not tolerance >= 0:
             raise ConfigurationError.of("tolerance", ">= 0", tolerance)
-        for ours, theirs in self._windows():
+        for ours, theirs in self._windows(self.runs[other]):
             a, b = ours.to_numpy(np.float64), theirs.to_numpy(np.float64)
             with np.errstate(invalid="ignore"):
                 scale = np.fmax(np.abs(a), np.abs(b))
@@ -181,9 +182,9 @@ class Comparison:
 
         return comparison_page.card(self)
 
-    def _windows(self) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-        """The layer norms of the first two runs at their common steps and layers, in pieces that fit into memory."""
-        first, second = self.runs[:2]
+    def _windows(self, second: RunReader) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+        """The layer norms of the first run and another at common steps and layers, in pieces that fit into memory."""
+        first = self.runs[0]
         if not len(first.steps) or not len(second.steps):
             return
         start, stop = max(first.steps[0], second.steps[0]), min(first.steps[-1], second.steps[-1]) + 1

@@ -53,8 +53,14 @@ def to_json(compared: Comparison) -> str:
     layers = compared.layers()
     value = {
         "runs": [summary.to_json() for summary in compared.summaries],
-        "first_difference": _parting(compared.first_difference()),
-        "first_apart": _parting(compared.first_difference(1 - 1 / APART)),
+        "partings": [
+            {
+                "runs": [compared.names[0], compared.names[other]],
+                "first_difference": _parting(compared.first_difference(other=other)),
+                "first_apart": _parting(compared.first_difference(1 - 1 / APART, other=other)),
+            }
+            for other in range(1, len(compared.runs))
+        ],
         "layers": {
             str(n): {str(k): v if math.isfinite(v) else None for k, v in row.items()}
             for n, row in layers.T.to_dict().items()
@@ -78,18 +84,23 @@ def run_rows(compared: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def partings(compared: Comparison) -> list[str]:
-    """Where the first two runs part, in words."""
-    first, second = (words.visible(name) for name in compared.names[:2])
-    different, apart = compared.first_difference(), compared.first_difference(1 - 1 / APART)
+    """Where each run parts from the first, in words."""
+    return [_parts(compared, other) for other in range(1, len(compared.runs))]
+
+
+def _parts(compared: Comparison, other: int) -> str:
+    first, second = words.visible(compared.names[0]), words.visible(compared.names[other])
+    different = compared.first_difference(other=other)
+    apart = compared.first_difference(1 - 1 / APART, other=other)
     if different is None:
-        return [f"{first} and {second} have the same gradient norms at all their common steps."]
-    said = [f"{first} and {second} first differ at step {words.step(different.step)}, most in {_place(different)}."]
+        return f"{first} and {second} have the same gradient norms at all their common steps."
+    said = f"{first} and {second} first differ at step {words.step(different.step)}, most in {_place(different)}."
     if apart is None:
-        return [*said, f"No layer's norms are ever more than a factor {words.number(APART)} apart."]
+        return f"{said} No layer's norms are ever more than a factor {words.number(APART)} apart."
     if apart.step == different.step:
         return said
     at = f"at step {words.step(apart.step)}, most in {_place(apart)}"
-    return [*said, f"They are first more than a factor {words.number(APART)} apart {at}."]
+    return f"{said} They are first more than a factor {words.number(APART)} apart {at}."
 
 
 def _place(parting: Parting) -> str:

@@ -76,7 +76,9 @@ def image(figure: Figure, alt: str) -> dict[str, Any]:
 
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor())
-    Image.open(buffer).convert("RGB").quantize(160).save(small, format="png", optimize=True)
+    # This method keeps rare colours: a legend's thin line must not take the colour of its neighbour.
+    reduced = Image.open(buffer).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    reduced.save(small, format="png", optimize=True)
     width, height = figure.get_size_inches() * DPI
     data = base64.b64encode(small.getvalue()).decode()
     return {"src": f"data:image/png;base64,{data}", "alt": alt, "width": int(width), "height": int(height)}

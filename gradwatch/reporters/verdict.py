@@ -135,8 +135,7 @@ def _state(info: RunInfo, trouble: Trouble | None, numbers: Numbers) -> State:
 
 def _detectors_were_off(info: RunInfo) -> bool:
     config = info.config.get("detectors")
-    detectors = config.get("detectors") if isinstance(config, dict) else config
-    return detectors is not None and len(detectors) == 0
+    return not (config.get("detectors") if isinstance(config, dict) else config)
 
 
 def _failed_detectors(info: RunInfo) -> bool:

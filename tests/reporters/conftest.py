@@ -20,6 +20,7 @@ HOSTILE = (
     "\x1b[31mred\nline", "名前.層", "x" * 150, "&amp;'\"`", "\u202etxet", "a|b*c_d[e](f)", "{{ 7*7 }}", "%{y}",
 )  # fmt: skip
 
+ENGINE = Engine("default", RunContext(()))
 MakeRun = Callable[..., Run]
 
 
@@ -36,6 +37,7 @@ def made_runs(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         if key not in made:
             path = root / str(len(made)) / (name or scenario)
             settings = {"steps": steps, "parameters": parameters, "scenario": scenario, "seed": 3, **more}
+            settings["config"] = {"detectors": ENGINE.config()}
             write_run(path, **settings)
             if "findings" not in more:
                 found = findings_of(load(path))

@@ -99,7 +99,11 @@ def test_the_page_shows_verdicts_and_parting(made_runs: MakeRun, tmp_path: Path,
 def test_json_tells_where_runs_part(pair: Comparison) -> None:
     told = json.loads(comparison_page.to_json(pair))
 
-    assert told["first_difference"] == {"step": 280, "layer": "layers.4", "values": [pytest.approx(0.0, abs=10), "nan"]}
+    assert told["partings"][0]["first_difference"] == {
+        "step": 280,
+        "layer": "layers.4",
+        "values": [pytest.approx(0.0, abs=10), "nan"],
+    }
     assert [run["name"] for run in told["runs"]] == ["healthy", "nan"]
 
 

@@ -11,7 +11,7 @@ from gradwatch.errors import ConfigurationError
 from gradwatch.reporters.pages import MOST_OPEN, Library, live_app
 from gradwatch.reporters.serving import is_local, serve, token_for
 from gradwatch.testing import write_run
-from tests.reporters.conftest import HOSTILE, MakeRun, named_parameters
+from tests.reporters.conftest import ENGINE, HOSTILE, MakeRun, named_parameters
 from tests.reporters.test_html import Outline
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 -- nothing listens there, the application is only told
@@ -28,7 +28,7 @@ def workers_have_ended() -> Iterator[None]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    write_run(tmp_path / "root" / "a", steps=30, parameters=4)
+    write_run(tmp_path / "root" / "a", steps=30, parameters=4, config={"detectors": ENGINE.config()})
     write_run(tmp_path / "root" / "deep" / "b", steps=30, parameters=4, scenario="nan")
     write_run(tmp_path / "secret", steps=30, parameters=4)
     (tmp_path / "root" / "link").symlink_to(tmp_path / "secret")

@@ -20,7 +20,7 @@ def verdict(
     *findings: Finding, actions: tuple[ActionRecord, ...] = (), numbers: Numbers = NUMBERS, **info: Any
 ) -> Verdict:
     told = chapters(findings)
-    facts = RunInfo(PARAMETERS, **{"status": "finished", **info})
+    facts = RunInfo(PARAMETERS, **{"status": "finished", "config": {"detectors": ["exploding"]}, **info})
     return judge(facts, told, trouble(told), actions=actions, numbers=numbers)
 
 
@@ -96,7 +96,7 @@ def test_a_run_without_steps_is_no_healthy_run(status: str, state: str) -> None:
     assert verdict(numbers=Numbers(steps=0), status=status).state == state
 
 
-@pytest.mark.parametrize("config", [{"detectors": []}, {"detectors": {"detectors": []}}])
+@pytest.mark.parametrize("config", [{}, {"detectors": []}, {"detectors": {"detectors": []}}])
 def test_a_run_that_no_detector_looked_at_is_not_called_healthy(config: dict[str, Any]) -> None:
     told = verdict(config=config)
 
