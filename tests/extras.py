@@ -1,6 +1,6 @@
 """Tests of an extra that is not installed, or of a server that was not asked for, are left out by name, visibly.
 
-Mark a test `extra("alerts")` or `server("prometheus")`. GRADWATCH_TEST_EXTRAS names the extras to test, by default
+Mark a test `needs("alerts")` or `server("prometheus")`. GRADWATCH_TEST_EXTRAS names the extras to test, by default
 those that are installed; GRADWATCH_TEST_SERVERS the servers, by default none. What is named and not there ends the run:
 it is tested or fails, never skipped in silence.
 """
@@ -40,18 +40,18 @@ def _chosen(variable: str, known: Iterable[str], there: Mapping[str, bool], defa
 _installed = {name: all(map(importlib.util.find_spec, packages)) for name, packages in EXTRAS.items()}
 _programs = {name: shutil.which(program) is not None for name, program in SERVERS.items()}
 CHOSEN = {
-    "extra": _chosen("GRADWATCH_TEST_EXTRAS", EXTRAS, _installed, [name for name in EXTRAS if _installed[name]]),
+    "needs": _chosen("GRADWATCH_TEST_EXTRAS", EXTRAS, _installed, [name for name in EXTRAS if _installed[name]]),
     "server": _chosen("GRADWATCH_TEST_SERVERS", SERVERS, _programs, ()),
 }
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "extra(name): belongs to one of the extras in GRADWATCH_TEST_EXTRAS")
+    config.addinivalue_line("markers", "needs(name): belongs to one of the extras in GRADWATCH_TEST_EXTRAS")
     config.addinivalue_line("markers", "server(name): needs one of the servers in GRADWATCH_TEST_SERVERS")
 
 
 def pytest_report_header() -> list[str]:
-    return [_line("extra", EXTRAS), _line("server", SERVERS)]
+    return [_line("needs", "extras", EXTRAS), _line("server", "servers", SERVERS)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-def _line(kind: str, known: Iterable[str]) -> str:
+def _line(kind: str, words: str, known: Iterable[str]) -> str:
     left_out = [name for name in known if name not in CHOSEN[kind]]
     more = f"; left out: {', '.join(left_out)}" if left_out else ""
-    return f"{kind}s under test: {', '.join(CHOSEN[kind]) or 'none'}{more}"
+    return f"{words} under test: {', '.join(CHOSEN[kind]) or 'none'}{more}"

@@ -17,7 +17,7 @@ from gradwatch.errors import ConfigurationError
 from tests.alerts.receivers import INFO, finding, receiver, wait_until
 from tests.alerts.test_delivery import batch
 
-pytestmark = pytest.mark.extra("alerts")  # noqa: S610 -- pytest, not Django
+pytestmark = pytest.mark.needs("alerts")
 SECRET = "hunter2"  # noqa: S105 -- made up
 FAST: dict[str, Any] = {"group_seconds": 0.0, "cooldown": 0.0, "reminder": None, "stall": None}
 

@@ -89,7 +89,7 @@ def _boxed(text: str) -> list[str]:
     return [line.strip("+- ") for line in text.splitlines() if line.startswith("+- [")]
 
 
-WITH_APPRISE = pytest.mark.extra("alerts")  # noqa: S610 -- pytest, not Django
+WITH_APPRISE = pytest.mark.needs("alerts")
 CHANNELS = [call, log, command, webhook, console, pytest.param(apprise, marks=WITH_APPRISE)]
 
 
