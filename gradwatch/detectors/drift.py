@@ -73,6 +73,7 @@ def facts(slope: float, total: float) -> dict[str, Any]:
     """What a drift at this slope means."""
     return {
         "sign": "drift",
+        "drifted": True,
         "per_step": math.expm1(slope),
         "over_steps": WINDOW,
         "factor": math.exp(slope * WINDOW),

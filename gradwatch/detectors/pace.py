@@ -54,12 +54,12 @@ class Pace(Remembers):
     def begin(self, context: RunContext) -> None:
         """Forget everything."""
         super().begin(context)
-        self._matrices = _matrices(context)
+        self.matrices = _matrices(context)
 
     def grow(self, context: RunContext) -> None:
         """Go on with more parameters."""
         super().grow(context)
-        self._matrices = _matrices(context)
+        self.matrices = _matrices(context)
 
     @property
     def new_territory(self) -> bool:
@@ -90,13 +90,13 @@ class Pace(Remembers):
         if weights is not None:
             np.copyto(self.weight_norm, weights, where=weights != NOT_MEASURED)
             if not self.looked:
-                self.first_zero, self.looked = self._matrices & (self.weight_norm == 0.0), True
+                self.first_zero, self.looked = self.matrices & (self.weight_norm == 0.0), True
             if ratios is not None:
                 self._sample(np.asarray(weights, dtype=np.float64), np.asarray(ratios, dtype=np.float64))
 
     def _sample(self, weights: FloatArray, ratios: FloatArray) -> None:
         with np.errstate(invalid="ignore"):
-            known = self._matrices & (ratios != NOT_MEASURED) & (weights != NOT_MEASURED) & (ratios < ABSURD)
+            known = self.matrices & (ratios != NOT_MEASURED) & (weights != NOT_MEASURED) & (ratios < ABSURD)
             known &= np.isfinite(weights) & (weights < 1e150)
         if not known.any():
             return

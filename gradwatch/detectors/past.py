@@ -23,6 +23,7 @@ class Opening(Remembers):
         seen: Whether it came.
         total: Logarithm of its global norm.
         drop, fit: Of the line through its depth profile, as in `DepthProfile`.
+        matrices: Global norm over parameters of two or more dimensions.
         input_ratio: Gradient norm of the first layer over that of the second; NaN without them.
     """
 
@@ -31,12 +32,13 @@ class Opening(Remembers):
     drop = Kept(0.0)
     fit = Kept(0.0)
     input_ratio = Kept(math.nan)
+    matrices = Kept(math.nan)
 
-    def take(self, total: float, logs: FloatArray, profile: DepthProfile) -> None:
+    def take(self, total: float, logs: FloatArray, profile: DepthProfile, matrices: float) -> None:
         """Look at the first step; one without any gradient does not count."""
         if math.isnan(total):
             return
-        self.seen, self.total = True, total
+        self.seen, self.total, self.matrices = True, total, matrices
         self.drop, self.fit = profile.drop, profile.fit
         known = logs[~np.isnan(logs)]
         if len(known) > 1:

@@ -42,6 +42,7 @@ class Signals(Remembers):
         total: Logarithm of the global norm over what is finite; NaN where nothing is.
         level, spread: Robust running mean of `logs` and of its absolute deviation, shape (l,).
         total_level, total_spread: The same of `total`.
+        total_change: Mean change of `total` from step to step.
         peak: The highest that `total_level` has been.
         loss: The loss of this step; NaN where not known. `has_loss` tells a NaN loss from none.
         opening, sizes: What the first step showed; the distribution of the global norm.
@@ -57,6 +58,8 @@ class Signals(Remembers):
     unknown = Kept(True)
     total_level = Kept(math.nan)
     total_spread = Kept(0.0)
+    total_change = Kept(math.nan)
+    total_last = Kept(math.nan)
     total_seen = Kept(0)
     peak = Kept(-math.inf)
     course = Part(LossCourse)
@@ -114,7 +117,8 @@ class Signals(Remembers):
         self.sizes.add(self.total)
         self.profile.add(self.logs, self.clean)
         if not self.opening.seen:
-            self.opening.take(self.total, self.logs, self.profile)
+            matrices = float(np.linalg.norm(self.row[self.pace.matrices & np.isfinite(self.row)].astype(np.float64)))
+            self.opening.take(self.total, self.logs, self.profile, matrices)
         self.trend.add(self.logs if self.clean else np.where(np.isnan(self.logs), self.level, self.logs))
 
     def _learn(self) -> None:
@@ -152,9 +156,12 @@ class Signals(Remembers):
             return
         self.total_seen += 1
         if self.total_seen == 1:
-            self.total_level = self.total
+            self.total_level = self.total_last = self.total
+            self.total_change = 0.0
             return
         weight = max(BASELINE_WEIGHT, 1 / self.total_seen)
+        self.total_change += weight * (min(abs(self.total - self.total_last), 1.0) - self.total_change)
+        self.total_last = self.total
         change = self.total - self.total_level
         size = abs(change)
         if self.total_seen > SETTLED:

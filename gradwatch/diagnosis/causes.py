@@ -37,6 +37,10 @@ CAUSES: dict[str, Cause] = {
             "use an optimizer with steps of its own scale, such as Adam",
         ),
     ),
+    "gradients_not_cleared": Cause(
+        "gradients are never cleared: each is added to all before it, so the norm grows and hardly differs between batches",
+        ("{zero}", "if you accumulate on purpose: clear after every update, and divide the loss by the number of batches"),
+    ),
     "weight_decay": Cause(
         "weight decay rules the weights: every layer is scaled by the same factor at each step",
         (

@@ -28,7 +28,7 @@ TERMS: dict[str, dict[str, str]] = {
         "clip": "clip_grad_norm_(model.parameters(), {clip}) or gw.Clip(max_norm={clip})",
         "logits": "nn.BCEWithLogitsLoss or nn.CrossEntropyLoss on logits",
         "detach": "a .detach(), a no_grad() block or .data",
-        "zero": "optimizer.zero_grad() before each backward",
+        "zero": "call optimizer.zero_grad() before each backward pass",
     },
     "keras": {
         "leaky": "keras.layers.LeakyReLU or PReLU",
@@ -38,7 +38,7 @@ TERMS: dict[str, dict[str, str]] = {
         "clip": "global_clipnorm={clip} in the optimizer or gw.Clip(max_norm={clip})",
         "logits": "from_logits=True and no activation in the last layer",
         "detach": "ops.stop_gradient or trainable=False",
-        "zero": "a fresh GradientTape for each step",
+        "zero": "use a fresh GradientTape for each step",
     },
 }
 

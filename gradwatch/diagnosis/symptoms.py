@@ -33,8 +33,10 @@ class Symptoms:
         update_spread: Largest over smallest layer's update ratio at the last sample.
         weight_change: Norm of all weights over their norm at the first sample.
         first_norm: Global gradient norm of the first step.
-        usual_norm: Its robust mean now.
+        first_matrix_norm: The same over parameters of two or more dimensions.
+        usual_norm: Robust mean of the global norm now.
         norm_rise: How far the last global norm was above it, nats.
+        norm_change, loss_change: Mean change of the global norm and of the loss from step to step, in shares of them.
         norm_quantile: The norm that 95 % of the steps stayed below.
         below_one: Share of the steps whose global norm was below 1.
         first_drop: How far the first step's gradients fell from output to input along a straight line, nats; negative
@@ -59,8 +61,11 @@ class Symptoms:
     update_spread: float = math.nan
     weight_change: float = math.nan
     first_norm: float = math.nan
+    first_matrix_norm: float = math.nan
     usual_norm: float = math.nan
     norm_rise: float = math.nan
+    norm_change: float = math.nan
+    loss_change: float = math.nan
     norm_quantile: float = math.nan
     below_one: float = math.nan
     first_drop: float = 0.0
@@ -194,6 +199,21 @@ class Symptoms:
     def large_first_gradient(self) -> bool:
         """The very first gradient is huge for the weights' size."""
         return self.first_norm > 100
+
+    @property
+    def tiny_first_gradient(self) -> bool:
+        """The very first gradient is next to nothing for the size of the loss."""
+        return self.first_matrix_norm < 0.01 * abs(self.first_loss)
+
+    @property
+    def gradients_pile_up(self) -> bool:
+        """The norm has grown, and changes far less from step to step than the loss: each gradient holds those before."""
+        return self.usual_norm > 10 * self.first_norm and self.norm_change < 0.2 * self.loss_change
+
+    @property
+    def drifted(self) -> bool:
+        """One layer left the course of the others step by step."""
+        return bool(self.evidence.get("drifted"))
 
     @property
     def grows_with_depth(self) -> bool:

@@ -53,6 +53,7 @@ TABLE: tuple[Row, ...] = (
     Row("loss_domain", ("nonfinite",), ("gradient_not_finite",), why="a finite loss with an infinite slope"),
     Row("bad_batch", ("nonfinite",), (), why="nothing led up to it"),
     # Gradients or the loss out of hand.
+    Row("gradients_not_cleared", BLOW_UP, ("gradients_pile_up",), why="batches differ but their gradients do not"),
     Row("weight_decay", (*BLOW_UP, *SILENCE), ("weights_move_alike",), why="only decay scales all layers alike"),
     Row("learning_rate", BLOW_UP, ("rate_jumped", "not at_start"), why="the rate leapt just before"),
     Row("bad_batch", ("spike",), (), why="one step, before and after which all is usual"),
@@ -68,18 +69,13 @@ TABLE: tuple[Row, ...] = (
     Row("data_scale", BLOW_UP, ("large_first_gradient", "huge_first_loss"), why="targets far from the outputs"),
     Row("attention_logits", BLOW_UP, ("attention_first", "few_layers_jumped"), why="a one-hot softmax"),
     Row("init_large", BLOW_UP, ("at_start", "grows_with_depth"), why="each layer enlarges it"),
+    Row("drift", ("exploding", "vanishing"), ("drifted", "not diverges"), why="one layer leaves the course of the others"),
     Row("learning_rate", (*BLOW_UP, "oscillation"), ("jumped",), why="steps of the size of the weights"),
-    Row(
-        "drift",
-        ("exploding", "vanishing"),
-        ("not diverges",),
-        ("drift",),
-        why="one layer leaves the course of the others",
-    ),
     Row("learning_rate", BLOW_UP, (), why="nothing else explains it"),
     # Gradients that are too small or absent.
     Row("unused_layers", ("unused",), ()),
     Row("half_underflow", ("underflow",), ()),
+    Row("init_small", ("stall",), ("tiny_first_gradient", "deep"), why="the signal was gone before the first step"),
     Row("half_underflow", ("stall",), ("rounded",), why="updates below the resolution of the weights"),
     Row("output_layer", ("dead", "vanishing", "plateau"), ("one_output",), why="a softmax over one unit is 1"),
     Row("init_small", SILENCE, ("weights_zero", "zero_from_start"), why="zero weights pass no signal"),
