@@ -15,14 +15,15 @@ from gradwatch.remedies.network import CONVOLUTION, RECURRENT, TRANSPOSED, WEIGH
 
 SCHEMES = ("auto", "data", "kaiming", "xavier", "orthogonal", "lsuv", "default")
 _RELU_FAMILY = ("ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "GELU", "SiLU", "Mish", "ELU", "CELU", "Hardswish")
-#: Glorot and Bengio 2010 for tanh; a sigmoid's slope at 0 is a quarter of tanh's.
-_GAINS = {"Tanh": 1.0, "Hardtanh": 1.0, "Softsign": 1.0, "Sigmoid": 4.0, "Hardsigmoid": 4.0}
+_TANH_FAMILY = ("Tanh", "Hardtanh", "Softsign")
+_SIGMOID_FAMILY = ("Sigmoid", "Hardsigmoid")
 #: Largest input of an activation that is none of the known ones, where even an exponential is all but linear: twelve in
 #: a row make 3 of an outlier of 1.5, and infinity of it when this is 0.5.
 _CAUTIOUS = 0.1
-#: The gradient of a ReLU network whose layers are centred grows by sqrt(pi / (pi - 1)) = 1.21 a layer (Yang et al.
-#: 2019, A Mean Field Theory of Batch Normalization): deeper networks are scaled only.
-_DEEPEST_CENTRED = 20
+#: Sizes of the inputs of an activation between which an initialisation is sound: for a tanh, not saturated.
+_SOUND = {"tanh": (0.05, 1.5), "relu": (0.2, 5.0)}
+#: Share of units that are zero on the whole batch, above which a layer of ReLUs dies out.
+_MOST_DEAD = 0.75
 #: Fewer numbers than this say nothing about a unit's mean and variance.
 _LEAST_SAMPLES = 8
 
@@ -53,7 +54,7 @@ def initialize(
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> print(*initialize(model), sep="; ")
-        0: kaiming for ReLU; 2: xavier
+        0: kaiming for ReLU; 2: kaiming for ReLU
     """
     forward = None if batch is None else lambda: _call(model, batch)
     return fill(model, scheme, layers=layers, forward=forward)
@@ -70,9 +71,10 @@ def fill(
         raise ConfigurationError(f"scheme {scheme!r} needs a 'batch' of inputs")
     known = layers_of(model)
     targets = _chosen(model, known, layers)
-    changes = [Change(layer.name, _filled(layer, scheme)) for layer in targets]
+    before = dict(zip((layer.name for layer in known[1:]), map(_activation, known), strict=False))
+    changes = [Change(layer.name, _filled(layer, scheme, before.get(layer.name, ""))) for layer in targets]
     if forward is not None and scheme in ("auto", "data", "lsuv"):
-        changes += _fit(model, targets, len(known), forward, centred=scheme != "lsuv")
+        changes += _fit(model, targets, forward, scaled_only=scheme == "lsuv")
     return changes
 
 
@@ -93,8 +95,8 @@ def _chosen(model: nn.Module, known: list[Layer], names: Sequence[str] | None) -
     return found
 
 
-def _filled(layer: Layer, scheme: str) -> str:
-    """Fill a layer's parameters; returns in words how."""
+def _filled(layer: Layer, scheme: str, before: str) -> str:
+    """Fill a layer's parameters; returns in words how. `before` is the activation whose outputs it takes."""
     module = layer.module
     if scheme == "default" or not isinstance(module, (*WEIGHT_LAYERS, *RECURRENT)):
         module.reset_parameters()  # type: ignore[operator]
@@ -104,20 +106,26 @@ def _filled(layer: Layer, scheme: str) -> str:
     weight = module.weight
     if isinstance(module.bias, Tensor):
         module.bias.zero_()
-    activation = type(layer.activation).__name__ if layer.activation is not None else ""
+    # The output layer keeps the size of its inputs; what is behind it belongs to the loss.
+    activation = before if layer.is_output and before in _RELU_FAMILY else "" if layer.is_output else _activation(layer)
     if scheme in ("orthogonal", "lsuv"):
         nn.init.orthogonal_(weight)
         return "orthogonal"
-    if scheme == "kaiming" or (scheme != "xavier" and activation in _RELU_FAMILY and not layer.is_output):
+    if scheme == "kaiming" or (scheme != "xavier" and activation in _RELU_FAMILY):
         slope = getattr(layer.activation, "negative_slope", 0.0)
         nn.init.kaiming_normal_(weight, a=slope if isinstance(slope, float) else 0.0, nonlinearity="leaky_relu")
         return f"kaiming for {activation}" if activation else "kaiming"
     if activation == "SELU":
         nn.init.kaiming_normal_(weight, nonlinearity="linear")
         return "lecun for SELU"
-    gain = 1.0 if layer.is_output else _GAINS.get(activation, 1.0)
-    nn.init.xavier_uniform_(weight, gain=gain)
-    return f"xavier for {activation}" if activation in _GAINS and not layer.is_output else "xavier"
+    is_squashed = activation in (*_TANH_FAMILY, *_SIGMOID_FAMILY)
+    # Glorot and Bengio 2010; the slope of a sigmoid at 0 is a quarter of that of tanh.
+    nn.init.xavier_uniform_(weight, gain=4.0 if activation in _SIGMOID_FAMILY else 1.0)
+    return f"xavier for {activation}" if is_squashed else "xavier"
+
+
+def _activation(layer: Layer) -> str:
+    return type(layer.activation).__name__ if layer.activation is not None else ""
 
 
 def _fill_recurrent(module: nn.Module) -> str:
@@ -141,9 +149,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
-def _fit(
-    model: nn.Module, targets: Sequence[Layer], depth: int, forward: Callable[[], Any], *, centred: bool
-) -> list[Change]:
+def _fit(model: nn.Module, targets: Sequence[Layer], forward: Callable[[], Any], *, scaled_only: bool) -> list[Change]:
     """Scale (and shift) each hidden layer until its outputs on one batch have unit variance (and mean 0).
 
     Mishkin and Matas 2016, All you need is a good init; Salimans and Kingma 2016, Weight Normalization, section 3. All
@@ -162,8 +168,7 @@ def _fit(
             if calls.get(key, 0) != 1:
                 del hidden[key]
         handles = [
-            layer.module.register_forward_hook(_corrector(layer, centred=centred and _is_to_centre(layer, depth)))
-            for layer in hidden.values()
+            layer.module.register_forward_hook(_corrector(layer, scaled_only=scaled_only)) for layer in hidden.values()
         ]
         try:
             forward()
@@ -173,46 +178,66 @@ def _fit(
     return changes + [Change(layer.name, "fitted to a batch") for layer in hidden.values()]
 
 
-def _is_to_centre(layer: Layer, depth: int) -> bool:
-    return depth <= _DEEPEST_CENTRED or type(layer.activation).__name__ not in _RELU_FAMILY
-
-
-def _corrector(layer: Layer, *, centred: bool) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-    is_known = layer.activation is None or type(layer.activation).__name__ in (*_RELU_FAMILY, *_GAINS, "SELU")
-
+def _corrector(layer: Layer, *, scaled_only: bool) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     def correct(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         unit = 1 if isinstance(module, CONVOLUTION) else output.ndim - 1
         if output.numel() < _LEAST_SAMPLES * output.shape[unit] or not torch.isfinite(output).all():
             return None
         others = [axis for axis in range(output.ndim) if axis != unit]
-        bias = module.bias if isinstance(module.bias, Tensor) else None
-        per_unit = centred and bias is not None
-        mean = output.mean(others, keepdim=True) if per_unit else torch.zeros((), dtype=output.dtype)
-        away = output - mean
-        over = others if per_unit else list(range(output.ndim))
-        std = away.square().mean(over, keepdim=True).sqrt()
-        if not is_known:
-            std = torch.maximum(std, away.abs().amax(over, keepdim=True) / _CAUTIOUS)
-        if not bool((std > 1e-6).all()):
-            std = torch.where(std > 1e-6, std, 1.0)
-        _rescale(module, mean.flatten(), std.flatten(), bias if per_unit else None)
-        corrected: Tensor = away / std
-        return corrected
+        if scaled_only:
+            mean, std = output.new_zeros(()), output.square().mean().sqrt()
+        else:
+            mean, std = _place_and_spread(layer, output, others, can_shift=module.bias is not None)
+        std = torch.where(std > 1e-6, std, 1.0)
+        _rescale(module, mean.flatten(), std.flatten())
+        return (output - mean) / std
 
     return correct
 
 
-def _rescale(module: nn.Module, mean: Tensor, std: Tensor, bias: Tensor | None) -> None:
+def _place_and_spread(layer: Layer, output: Tensor, others: list[int], *, can_shift: bool) -> tuple[Tensor, Tensor]:
+    """What is to be subtracted from a layer's outputs, and what they are then to be divided by.
+
+    A ReLU network keeps its signal when layers are scaled, and not when they are centred (its gradient then grows by
+    1.21 a layer: Yang et al. 2019, A Mean Field Theory of Batch Normalization), so only those that die out are. A tanh
+    network is best left in its linear range. A sigmoid's outputs have a mean that grows from layer to layer, and so
+    have those of an activation that nobody
+    knows: their layers are centred unit by unit.
+    """
+    name = _activation(layer)
+    size = output.square().mean().sqrt()
+    nothing = torch.zeros((), dtype=output.dtype, device=output.device)
+    if name in _RELU_FAMILY and can_shift:
+        is_dead = output.amax(others, keepdim=True) <= 0
+        is_dying = is_dead.double().mean() > _MOST_DEAD
+        return torch.where(is_dead & is_dying, output.mean(others, keepdim=True), nothing), _needed(size, "relu", 1.0)
+    if name in _TANH_FAMILY:
+        return nothing, _needed(size, "tanh", 0.5)
+    if name == "" or name in _RELU_FAMILY or not can_shift:
+        return nothing, size
+    mean = output.mean(others, keepdim=True)
+    away = output - mean
+    std = away.square().mean(others, keepdim=True).sqrt()
+    if name not in _SIGMOID_FAMILY and name != "SELU":
+        std = torch.maximum(std, away.abs().amax(others, keepdim=True) / _CAUTIOUS)
+    return mean, std
+
+
+def _needed(size: Tensor, family: str, aim: float) -> Tensor:
+    """What to divide outputs of this size by: 1 where they are sound."""
+    low, high = _SOUND[family]
+    return torch.where((size > low) & (size < high), torch.ones_like(size), size / aim)
+
+
+def _rescale(module: nn.Module, mean: Tensor, std: Tensor) -> None:
     weight: Tensor = module.weight  # type: ignore[assignment]
     axis = 1 if isinstance(module, TRANSPOSED) else 0
     if len(std) == 1 or weight.shape[axis] == len(std):
         shape = [1] * weight.ndim
         shape[axis] = len(std)
         weight.div_(std.view(shape))
-        if bias is not None:
-            bias.sub_(mean).div_(std)
-        elif isinstance(module.bias, Tensor):
-            module.bias.div_(std)
+        if isinstance(module.bias, Tensor):
+            module.bias.sub_(mean).div_(std)
 
 
 def _count_calls(layers: dict[int, Layer], forward: Callable[[], Any]) -> dict[int, int]:
