@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradwatch.backends import torch_device
 from gradwatch.backends.torch_device import DeviceNorms
 from gradwatch.backends.torch_norms import CpuNorms
+from gradwatch.backends.torch_statistics import CpuExtremes, Updates, device_extremes
 from gradwatch.records import NOT_MEASURED
 
 #: Plans kept, one for each set of parameters that had a gradient.
@@ -82,6 +83,7 @@ class Held:
         self.is_all = places == list(range(count))
         self.index = np.array(places, np.intp)
         self._device_index: Tensor | None = None
+        self._updates: Updates | None = None
 
     def of(self, every: list[Any]) -> list[Any]:
         """The items of a list of all p that belong to these parameters."""
@@ -96,6 +98,13 @@ class Held:
         if self._device_index is None or self._device_index.device != every.device:
             self._device_index = torch.as_tensor(self.index).to(every.device)
         return every.index_select(0, self._device_index)
+
+    @property
+    def updates(self) -> Updates:
+        """Measures how much a step changes these parameters."""
+        if self._updates is None:
+            self._updates = Updates(self.places, self.parameters)
+        return self._updates
 
     def is_current(self, parameters: list[nn.Parameter], count: int) -> bool:
         """Whether the optimizer still holds the same, and there are still as many columns."""
@@ -113,6 +122,8 @@ class Gradients:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self._plans: dict[tuple[int, ...] | None, CpuNorms | DeviceNorms] = {}
+        self._extremes: dict[tuple[int, ...], CpuExtremes] = {}
+        self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def add(self, parameter: nn.Parameter) -> None:
         """Take one parameter more, which becomes the last column."""
@@ -136,6 +147,38 @@ class Gradients:
             places = tuple(compress(range(len(grads)), present))
             return Measurement(self._norms(list(compress(grads, present)), places), grads, versions)
         return Measurement(self._norms(grads, None), grads, versions)
+
+    def extremes(self, grads: Grads) -> Any:
+        """Sampled statistics of gradients, shape (3, number of gradients), in the order of `GRADIENT_STATISTICS`.
+
+        Numpy for gradients on the host; those of an accelerator stay there. `NOT_MEASURED` without gradient.
+        """
+        places = tuple(i for i, grad in enumerate(grads) if grad is not None)
+        present = [grad for grad in grads if grad is not None]
+        home = next((grad.device for grad in present if grad.device.type not in torch_device.HOST), None)
+        if home is not None:
+            found = torch.full((3, len(grads)), NOT_MEASURED, device=home)
+            measured = device_extremes(present, home)
+            return measured if len(places) == len(grads) else found.index_copy_(1, self._index(places, home), measured)
+        if len(self._extremes) >= _MOST_PLANS:
+            self._extremes.clear()
+        plan = self._extremes.get(places) or self._extremes.setdefault(places, CpuExtremes(present))
+        try:
+            numbers = plan(present)
+        except (RuntimeError, TypeError):
+            self._extremes[places] = CpuExtremes(present)
+            numbers = self._extremes[places](present)
+        if len(places) == len(grads):
+            return numbers
+        every = np.full((3, len(grads)), NOT_MEASURED, np.float32)
+        every[:, places] = numbers
+        return every
+
+    def _index(self, places: tuple[int, ...], home: torch.device) -> Tensor:
+        key = (places, home)
+        if key not in self._indices:
+            self._indices[key] = torch.as_tensor(places).to(home)
+        return self._indices[key]
 
     def _norms(self, grads: list[Any], places: tuple[int, ...] | None) -> Any:
         """Norms at all places, of gradients that stand at these (None: all)."""

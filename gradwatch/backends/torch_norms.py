@@ -25,6 +25,8 @@ ROW = 1024
 STACK_LIMIT = 8192
 #: Stacking fewer than this many tensors gains nothing.
 STACK_MINIMUM = 4
+#: Norms up to this many are taken again one by one, more of them all at once.
+_MANY = 16
 #: Below this the float32 squares of a tensor have lost digits.
 TINY = 1e-17
 
@@ -87,7 +89,11 @@ class CpuNorms:
         weak, huge, zero = norms < TINY, np.isposinf(norms), norms == 0.0
         # What is exactly zero step after step is looked at twice only once.
         if huge.any() or (weak & ~zero).any() or zero.tobytes() != self._zeros:
-            norms = np.where(weak | huge, self._measure(tensors, torch.float64), norms)
+            doubtful = np.flatnonzero(weak | huge)
+            if len(doubtful) > _MANY:
+                norms[doubtful] = self._measure(tensors, torch.float64)[doubtful]
+            else:
+                norms[doubtful] = [float(torch.linalg.vector_norm(flat(tensors[i]).double())) for i in doubtful]
             self._zeros = np.equal(norms, 0.0).tobytes()
         return norms
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,41 +24,64 @@ MOST_COPIED = 1 << 26
 GRADIENT_STATISTICS = ("grad_max", "zero_fraction", "nonfinite_count")
 
 
-@torch.no_grad()
-def gradient_extremes(grads: Sequence[Tensor | None]) -> npt.NDArray[np.float32] | Tensor:
-    """Largest finite magnitude, share of exact zeros and number of non-finite elements of gradients.
+class CpuExtremes:
+    """Largest finite magnitude, share of exact zeros and number of non-finite elements of CPU tensors; planned once.
 
     Args:
-        grads: Gradients of the p parameters.
-
-    Returns:
-        Shape (3, p), in the order of `GRADIENT_STATISTICS`; `NOT_MEASURED` without gradient. Numpy for gradients on the
-        host; those of an accelerator stay there, and nobody waits for them.
+        tensors: Examples of the tensors to come: same number, shapes, layouts and types.
     """
-    home = next((grad.device for grad in grads if grad is not None and grad.device.type not in torch_device.HOST), None)
-    return _host_extremes(grads) if home is None else _device_extremes(grads, home)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._count = len(tensors)
+        self._single: list[int] = []
+        self._together: list[tuple[list[int], Callable[[Sequence[Tensor]], Any], int]] = []
+        kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            if tensor.layout is not torch.strided or tensor.is_complex() or not tensor.is_contiguous():
+                self._single.append(place)
+            elif tensor.numel():
+                kinds.setdefault((tensor.shape, tensor.dtype), []).append(place)
+        for (shape, _), places in kinds.items():
+            most = max(_BLOCK // shape.numel(), 1)
+            for start in range(0, len(places), most):
+                chosen = places[start : start + most]
+                if len(chosen) > 1:
+                    self._together.append((chosen, itemgetter(*chosen), shape.numel()))
+                else:
+                    self._single += chosen
+
+    @torch.no_grad()
+    def __call__(self, tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
+        """Shape (3, number of tensors), in the order of `GRADIENT_STATISTICS`; `NOT_MEASURED` of empty tensors."""
+        found = np.full((3, self._count), NOT_MEASURED, np.float32)
+        for places, pick, size in self._together:
+            found[:, places] = _row_extremes(torch.stack(pick(tensors)).view(-1, size))
+        for place in self._single:
+            line = flat(tensors[place])
+            if line.numel():
+                found[:, place] = _row_extremes(line.view(1, -1))[:, 0]
+        return found
 
 
-def _host_extremes(grads: Sequence[Tensor | None]) -> npt.NDArray[np.float32]:
-    found = np.full((3, len(grads)), NOT_MEASURED, np.float32)
-    for places, block in _blocks(grads):
-        largest = torch.maximum(block.amax(1), -block.amin(1)).float().numpy().copy()
-        found[1, places] = 1.0 - block.bool().sum(1).numpy() / block.shape[1]
-        found[2, places] = 0.0
-        for row in np.flatnonzero(~np.isfinite(largest)):
-            line = block[int(row)]
-            finite = torch.isfinite(line)
-            found[2, places[row]] = len(line) - int(finite.sum())
-            largest[row] = float(torch.where(finite, line.abs(), 0).max())
-        found[0, places] = largest
-    return found
+def _row_extremes(rows: Tensor) -> npt.NDArray[np.float32]:
+    largest = torch.maximum(rows.amax(1), -rows.amin(1)).float().numpy().copy()
+    zeros = 1.0 - rows.bool().sum(1).numpy() / rows.shape[1]
+    bad = np.zeros(len(largest), np.float32)
+    for row in np.flatnonzero(~np.isfinite(largest)):
+        line = rows[int(row)]
+        finite = torch.isfinite(line)
+        bad[row] = len(line) - int(finite.sum())
+        largest[row] = float(torch.where(finite, line.abs(), 0).max())
+    return np.stack([largest, zeros.astype(np.float32), bad])
 
 
-def _device_extremes(grads: Sequence[Tensor | None], home: torch.device) -> Tensor:
+@torch.no_grad()
+def device_extremes(tensors: Sequence[Tensor], home: torch.device) -> Tensor:
+    """The same of tensors on accelerators, on `home`; nobody waits for it."""
     columns = []
-    for grad in grads:
-        line = None if grad is None else flat(grad)
-        if line is None or not line.numel():
+    for tensor in tensors:
+        line = flat(tensor)
+        if not line.numel():
             columns.append(torch.full((3,), NOT_MEASURED, device=home))
             continue
         finite = torch.isfinite(line)
@@ -66,62 +91,55 @@ def _device_extremes(grads: Sequence[Tensor | None], home: torch.device) -> Tens
     return torch.stack(columns, dim=1)
 
 
-def _blocks(tensors: Sequence[Tensor | None]) -> Iterator[tuple[list[int], Tensor]]:
-    """Non-empty tensors of one shape and type as rows of a matrix, with their places."""
-    kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        if tensor is None or not tensor.numel():
-            continue
-        if tensor.layout is not torch.strided or tensor.is_complex() or not tensor.is_contiguous():
-            line = flat(tensor)
-            if len(line):
-                yield [place], line.view(1, -1)
-        else:
-            kinds.setdefault((tensor.shape, tensor.dtype), []).append(place)
-    for (shape, _), places in kinds.items():
-        size = shape.numel()
-        together = max(_BLOCK // size, 1)
-        for start in range(0, len(places), together):
-            chosen = places[start : start + together]
-            members = [tensor for place in chosen if (tensor := tensors[place]) is not None]
-            block = members[0] if len(members) == 1 else torch.stack(members)
-            yield chosen, block.view(len(members), size)
+Finish = Callable[[], tuple[list[int], Any]]
 
 
 class Updates:
-    """Measures ‖Δw‖/‖w‖ across one optimizer step.
+    """Measures ‖Δw‖/‖w‖ of the parameters of one optimizer across a step.
 
     Args:
         places: Places of the parameters that the optimizer holds.
         parameters: Those parameters.
-        turn: Counts the samples: of models too large to copy, each sample measures another part.
     """
 
-    @torch.no_grad()
-    def __init__(self, places: Sequence[int], parameters: Sequence[nn.Parameter], *, turn: int = 0) -> None:
-        chosen = _part(parameters, turn)
-        self._places = [places[i] for i in chosen]
-        self._parameters = [parameters[i] for i in chosen]
-        self._before = [parameter.detach().clone() for parameter in self._parameters]
+    def __init__(self, places: Sequence[int], parameters: Sequence[nn.Parameter]) -> None:
+        self._parts = [([places[i] for i in part], [parameters[i] for i in part]) for part in _parts(parameters)]
+        self._plans: dict[int, CpuNorms | DeviceNorms] = {}
 
     @torch.no_grad()
-    def finish(self) -> tuple[list[int], npt.NDArray[np.float32] | Tensor]:
-        """The places, and for them `weight_norm` after the step and ‖Δw‖: shape (2, number of places)."""
-        now = [parameter.detach() for parameter in self._parameters]
-        if not now:
-            return [], np.empty((2, 0), np.float32)
-        torch._foreach_sub_(self._before, now)
-        if all(tensor.device.type in torch_device.HOST for tensor in now):
-            norms = CpuNorms(now)
-            return self._places, np.stack([norms(now), norms(self._before)])
-        device_norms = DeviceNorms(now, None, len(now))
-        return self._places, torch.stack([device_norms(now), device_norms(self._before)])
+    def start(self, turn: int) -> Finish:
+        """Copy the weights before the step; of models too large to copy at once, each turn measures another part.
+
+        Returns:
+            To be called after the step: gives the places, and for them the norms of the weights and of their changes,
+            shape (2, number of places).
+        """
+        number = turn % len(self._parts)
+        places, parameters = self._parts[number]
+        before = list(torch._foreach_add(parameters, 0.0))
+
+        @torch.no_grad()
+        def finish() -> tuple[list[int], Any]:
+            plan = self._plans.get(number) or self._plan(number, parameters)
+            torch._foreach_sub_(before, parameters)
+            try:
+                norms = [plan(parameters), plan(before)]
+            except (RuntimeError, TypeError):  # the model was moved or cast
+                plan = self._plan(number, parameters)
+                norms = [plan(parameters), plan(before)]
+            return places, torch.stack(norms) if isinstance(plan, DeviceNorms) else np.stack(norms)
+
+        return finish
+
+    def _plan(self, number: int, parameters: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
+        on_host = all(tensor.device.type in torch_device.HOST for tensor in parameters)
+        plan = CpuNorms(parameters) if on_host else DeviceNorms(parameters, None, len(parameters))
+        self._plans[number] = plan
+        return plan
 
 
-def _part(parameters: Sequence[nn.Parameter], turn: int) -> Sequence[int]:
-    """Places of the parameters whose turn it is."""
-    if sum(parameter.numel() for parameter in parameters) <= MOST_COPIED:
-        return range(len(parameters))
+def _parts(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
+    """Places of the parameters, in parts of at most `MOST_COPIED` elements or one parameter."""
     parts: list[list[int]] = [[]]
     size = 0
     for i, parameter in enumerate(parameters):
@@ -130,11 +148,11 @@ def _part(parameters: Sequence[nn.Parameter], turn: int) -> Sequence[int]:
             size = 0
         parts[-1].append(i)
         size += parameter.numel()
-    return parts[turn % len(parts)]
+    return parts
 
 
 def update_statistics(places: Sequence[int], measured: Floats, count: int) -> dict[str, Floats]:
-    """`weight_norm` and `update_ratio`, each of shape (`count`,), from what `Updates.finish` gave."""
+    """`weight_norm` and `update_ratio`, each of shape (`count`,), from what `Updates.start` led to."""
     weight_norm = np.full(count, NOT_MEASURED, np.float32)
     update_ratio = np.full(count, NOT_MEASURED, np.float32)
     weights, changes = np.asarray(measured, np.float32).reshape(2, len(places))

@@ -31,7 +31,7 @@ from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
 from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, thawed, with_uses
-from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Updates, update_statistics
+from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Finish, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
 from gradwatch.integrations.torch_attach import attach, unwrapped
@@ -140,9 +140,7 @@ class TorchWatcher(Watcher):
             step.undo.append(ScaledLR(optimizer, self._policy.state.lr_factor).undo)
         if row.is_sampled:
             turn = row.number // self.settings.stats_every
-            step.updates = self.faults.call(
-                "statistics", Updates, held.places, held.parameters, turn=turn, default=None
-            )
+            step.updates = self.faults.call("statistics", held.updates.start, turn, default=None)
         if closure is None:
             self._use_pending(step, row)
             return None
@@ -219,8 +217,8 @@ class TorchWatcher(Watcher):
         self.pending.forget(step.held)
         self._between.stepped(self._row)
 
-    def _put_updates(self, updates: Updates, row: Row) -> None:
-        places, measured = updates.finish()
+    def _put_updates(self, updates: Finish, row: Row) -> None:
+        places, measured = updates()
         row.put(measured, lambda norms: row.merge(update_statistics(places, norms, len(row.norms))))
 
     def _undo(self, key: int) -> None:

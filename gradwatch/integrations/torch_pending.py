@@ -15,7 +15,6 @@ from gradwatch.backends.torch_backward import BackwardEnd, in_backward
 from gradwatch.backends.torch_clips import Clips
 from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_gradients import Gradients, Held, Measurement
-from gradwatch.backends.torch_statistics import gradient_extremes
 from gradwatch.records import NOT_MEASURED
 from gradwatch.watcher import global_norm
 
@@ -89,7 +88,7 @@ class Pending:
     def sample(self) -> None:
         """Take the sampled statistics of the gradients as they are now, unless they were taken before."""
         if self._extremes is None and self._measurement is not None:
-            self._extremes = gradient_extremes(self._measurement.grads)
+            self._extremes = self._gradients.extremes(self._measurement.grads)
             self._extremes_scaled = not self._scales
 
     def before_clip(self, places: list[int], max_norm: float, total_norm: Tensor, *, sample: bool) -> None:
@@ -158,7 +157,7 @@ class Pending:
         norms = held.part(measurement.norms) / scale
         reading = Reading(norms, norms, stage="pre_clip" if is_running else "post_clip")
         if sample or _is_damaged(norms):
-            reading.extremes = _unscaled(gradient_extremes(held.of(measurement.grads)), scale)
+            reading.extremes = _unscaled(self._gradients.extremes(held.of(measurement.grads)), scale)
         return reading
 
     def _read_pending(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from gradwatch.backends.torch_device import Transfer, host_or_copy
 from gradwatch.backends.torch_gradients import Held
-from gradwatch.backends.torch_statistics import Updates
+from gradwatch.backends.torch_statistics import Finish
 from gradwatch.backends.torch_step import KeptCounters
 from gradwatch.records import NOT_MEASURED, Floats
 
@@ -140,7 +140,7 @@ class Step:
     evaluations: int = 0
     nested: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
-    updates: Updates | None = None
+    updates: Finish | None = None
     counters: KeptCounters | None = None
 
 

@@ -30,8 +30,8 @@ BUGS: dict[str, tuple[object, str]] = {
     "clip tap": (TorchWatcher, "clipping"),
     "unscale tap": (TorchWatcher, "unscaling"),
     "rows": (TorchWatcher, "_close_open_row"),
-    "statistics": (torch_statistics.Updates, "finish"),
-    "copying weights": (integration, "Updates"),
+    "statistics": (integration, "update_statistics"),
+    "copying weights": (torch_statistics.Updates, "start"),
     "graph": (integration, "read_graph"),
     "undoing": (torch_step.ScaledLR, "undo"),
 }
