@@ -267,6 +267,29 @@ def list_(
 
 
 @app.command()
+def compact(
+    run: RunPath,
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, help="Keep the last so many steps in full; all by default.")
+    ] = None,
+    around: Annotated[int, typer.Option(min=0, help="With --keep-last: also so many around each finding.")] = 500,
+    first: Annotated[int, typer.Option(min=0, help="With --keep-last: also the first so many.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Put a record in order after a crash, and thin out old steps if asked to; the rollups keep every extreme."""
+    from gradwatch.compact import Keep, compact_run
+    from gradwatch.reporters import words
+
+    with _busy("Compacting"):
+        sizes = compact_run(run, keep=None if keep_last is None else Keep(keep_last, around=around, first=first))
+    if as_json:
+        typer.echo(json.dumps(sizes))
+        return
+    for what, said in (("bytes", words.size), ("steps", words.step)):
+        typer.echo(f"{what}: {said(sizes[f'{what}_before'])} → {said(sizes[f'{what}_after'])}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the three runs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the digits.")] = 0,

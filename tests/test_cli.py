@@ -160,6 +160,17 @@ def test_rules_that_break_a_rule_are_told(
     assert error in capsys.readouterr().err
 
 
+def test_compact_keeps_the_asked_for_steps_and_summary_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path / "run", steps=3000, parameters=2)
+
+    assert main(["compact", str(path), "--keep-last", "50", "--first", "50", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps_after"] == 100
+    assert main(["summary", str(path)]) == 0
+    assert "Compacted: 100 steps of steps 0 to 2,999 kept in full" in " ".join(capsys.readouterr().out.split())
+
+
 def test_list_tells_every_run_below_a_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "a", steps=20, parameters=2, config={"detectors": ENGINE.config()})
     write_run(tmp_path / "deep" / "er" / "b", steps=30, parameters=2, status="crashed")
@@ -208,7 +219,19 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
 
-    for command in ("demo", "summary", "report", "plot", "tail", "serve", "compare", "export", "check", "list"):
+    for command in (
+        "demo",
+        "summary",
+        "report",
+        "plot",
+        "tail",
+        "serve",
+        "compare",
+        "export",
+        "check",
+        "list",
+        "compact",
+    ):
         assert command in said
 
 

@@ -23,6 +23,8 @@ Mask = npt.NDArray[np.bool_]
 #: How far from the median (as a factor) a bin's extreme must lie to be shown in place of the median.
 STRIKING = 8.0
 _SHOWN_METRICS = ("loss", "lr", "lr_factor", "global_norm", "clip_coefficient", "skipped")
+#: What is made of two metrics: the global norm after clipping, the learning rate with gradwatch's factor.
+_PRODUCTS = {"post_clip_norm": ("global_norm", "clip_coefficient"), "own_lr": ("lr", "lr_factor")}
 _BATCH = 4096
 
 
@@ -95,10 +97,7 @@ def metric_bands(metrics: pd.DataFrame, starts: Index) -> dict[str, Band]:
     added where they differ from what they are made of.
     """
     values = {name: metrics[name].to_numpy(np.float64, na_value=np.nan) for name in _SHOWN_METRICS if name in metrics}
-    for name, (base, factor) in {
-        "post_clip_norm": ("global_norm", "clip_coefficient"),
-        "own_lr": ("lr", "lr_factor"),
-    }.items():
+    for name, (base, factor) in _PRODUCTS.items():
         if base in values and factor in values and bool((values[factor] < 1).any()):
             values[name] = values[base] * np.where(np.isfinite(values[factor]), values[factor], 1.0)
     bands = {}
@@ -106,6 +105,22 @@ def metric_bands(metrics: pd.DataFrame, starts: Index) -> dict[str, Band]:
         bands[name] = Band.blank(len(starts))
         for place, rows in enumerate(np.split(column, starts[1:])):
             bands[name].fill(place, rows)
+    return bands
+
+
+def rolled_metrics(rollup: Rollup, starts: npt.NDArray[Any]) -> dict[str, Band]:
+    """Bands of the metrics from their rollup, at the bins that begin at `starts`; means in place of medians."""
+    place = np.searchsorted(rollup.start, starts)
+    column = {name: i for i, name in enumerate(rollup.names)}
+    bands = {
+        name: Band(*(part[place, column[name]] for part in (rollup.minimum, rollup.mean, rollup.maximum)))
+        for name in _SHOWN_METRICS
+        if name in column
+    }
+    for name, (base, factor) in _PRODUCTS.items():
+        if base in bands and factor in bands and bool((bands[factor].low < 1).any()):
+            middle = bands[base].mid * np.where(np.isnan(bands[factor].mid), 1.0, bands[factor].mid)
+            bands[name] = Band(middle, middle, middle)
     return bands
 
 

@@ -13,9 +13,21 @@ import numpy.typing as npt
 
 from gradwatch.errors import UnknownNameError
 from gradwatch.records import STAGES, Layers
-from gradwatch.reporters.binning import Array, Band, Bins, Index, coarse, layer_bands, metric_bands, rolled_bands
+from gradwatch.reporters.binning import (
+    Array,
+    Band,
+    Bins,
+    Index,
+    coarse,
+    layer_bands,
+    metric_bands,
+    rolled_bands,
+    rolled_metrics,
+)
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from gradwatch.reader import RunReader
 
 #: Up to how many recorded norms a digest is made from the steps themselves; beyond it, from the rollups.
@@ -71,25 +83,40 @@ class Digest:
             columns: Upper limit of n.
             steps: From (included) and to (excluded) which step; the whole run by default.
         """
-        parameters = run.info.parameters
-        layers = Layers(parameters)
+        layers = Layers(run.info.parameters)
         metrics = run.metrics(steps=steps)
-        taken = metrics.index.to_numpy(dtype=np.int64)
-        if not len(taken):
+        if metrics.empty:
             return cls._empty(layers)
-        exact = len(taken) * len(parameters) <= EXACT_VALUES
-        if exact:
-            starts = np.unique(np.linspace(0, len(taken), min(columns, len(taken)), endpoint=False).astype(np.int64))
-        else:
-            rollup = run.rollup(coarse(len(taken), columns), steps=steps)
-            starts = np.unique(np.searchsorted(taken, rollup.start))
-        bins = Bins(taken[starts], taken[np.append(starts[1:], len(taken)) - 1])
-        norms, nonfinite = layer_bands(run, bins, layers, steps=steps) if exact else rolled_bands(rollup, layers)
         stages = tuple(s for s in STAGES if "stage" in metrics and (metrics["stage"] == s).any()) or STAGES[:1]
-        bounds = not exact and len(parameters) > len(layers)
-        return cls(
-            bins.first, bins.last, layers.names, norms, nonfinite, metric_bands(metrics, starts), stages, not bounds
-        )
+        thinned = steps is None and is_thinned(run, len(metrics))
+        if thinned or len(metrics) * len(run.info.parameters) > EXACT_VALUES:
+            return cls._rolled(run, layers, columns, steps=steps, stages=stages, metrics=None if thinned else metrics)
+        taken = metrics.index.to_numpy(dtype=np.int64)
+        starts = np.linspace(0, len(taken), min(columns, len(taken)), endpoint=False).astype(np.int64)
+        bins = Bins(taken[starts], taken[np.append(starts[1:], len(taken)) - 1])
+        norms, nonfinite = layer_bands(run, bins, layers, steps=steps)
+        return cls(bins.first, bins.last, layers.names, norms, nonfinite, metric_bands(metrics, starts), stages)
+
+    @classmethod
+    def _rolled(
+        cls, run: RunReader, layers: Layers, columns: int, *, steps: slice | None, stages: tuple[str, ...],
+        metrics: pd.DataFrame | None,
+    ) -> Self:  # fmt: skip
+        """From the rollups; the metrics too where not every step is kept and `metrics` is therefore None."""
+        begin, end = run.span or (0, 0)
+        if steps is not None:
+            begin, end = max(begin, steps.start or 0), end if steps.stop is None else min(end, steps.stop - 1)
+        width = coarse(end - begin + 1, columns)
+        rollup = run.rollup(width, steps=steps)
+        first = np.maximum(rollup.start, begin).astype(np.int64)
+        last = np.minimum(rollup.start + width - 1, end).astype(np.int64)
+        norms, nonfinite = rolled_bands(rollup, layers)
+        if metrics is None:
+            bands = rolled_metrics(run.rollup(width, "metric", steps=steps), rollup.start)
+        else:
+            bands = metric_bands(metrics, np.searchsorted(metrics.index.to_numpy(), first).astype(np.int64))
+        exact = len(rollup.names) == len(layers)
+        return cls(first, last, layers.names, norms, nonfinite, bands, stages, exact)
 
     @classmethod
     def _empty(cls, layers: Layers) -> Self:
@@ -115,3 +142,12 @@ class Digest:
         norms = Band(*(part[:, kept] for part in (self.norms.low, self.norms.mid, self.norms.high)))
         names = tuple(self.layers[i] for i in kept)
         return dataclasses.replace(self, layers=names, norms=norms, nonfinite=self.nonfinite[:, kept])
+
+
+def is_thinned(run: RunReader, kept: int) -> bool:
+    """Whether a run was compacted so that of some steps only the rollups remain; `kept` steps are there in full."""
+    first, last = run.span or (0, 0)
+    if last - first + 1 <= kept:
+        return False
+    counts = run.rollup(coarse(last - first + 1, 100), "metric").count
+    return bool(counts.max(axis=1, initial=0).sum() > kept)

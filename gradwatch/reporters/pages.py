@@ -22,9 +22,9 @@ from gradwatch.errors import GradwatchError
 from gradwatch.reader import RunReader
 from gradwatch.records import Finding
 from gradwatch.reporters import words
+from gradwatch.reporters.access import is_local
 from gradwatch.reporters.html import live_page
 from gradwatch.reporters.listing import describe, find_runs
-from gradwatch.reporters.serving import is_local
 from gradwatch.reporters.templating import asset, environment, plotly_js
 
 #: Runs that are kept open at once.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
-import secrets
 import socket
 from pathlib import Path
 
 from gradwatch.errors import ConfigurationError, MissingDependencyError
+from gradwatch.reporters.access import token_for
 
 
 def serve(root: Path, *, host: str = "127.0.0.1", port: int = 8378, token: str | None = None) -> None:
@@ -49,16 +48,3 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-
-
-def token_for(host: str, token: str | None) -> str | None:
-    """The token that is needed at this address: the given one, a new one where others can reach it, else none."""
-    return token or (None if is_local(host) else secrets.token_urlsafe(24))
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

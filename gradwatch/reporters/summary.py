@@ -13,6 +13,7 @@ import pandas as pd
 
 from gradwatch.records import ActionRecord, Finding, RunInfo
 from gradwatch.reporters import words
+from gradwatch.reporters.digest import is_thinned
 from gradwatch.reporters.story import Chapter, Event, Trouble, chapters, events, trouble
 from gradwatch.reporters.verdict import Numbers, Verdict, judge
 
@@ -143,7 +144,7 @@ def summarize(run: RunReader) -> Summary:
         story=tuple(events(run.info, gathered, actions, run.marks(), span=span, main=main)),
         findings=findings,
         actions=actions,
-        notes=_notes(run.info),
+        notes=(*_notes(run.info), *_thinned(run, numbers)),
     )
 
 
@@ -193,6 +194,14 @@ def _finite(metrics: pd.DataFrame, name: str) -> Any:
         return np.empty(0)
     values = metrics[name].to_numpy(dtype=np.float64, na_value=np.nan)
     return values[np.isfinite(values)]
+
+
+def _thinned(run: RunReader, numbers: Numbers) -> tuple[str, ...]:
+    if not is_thinned(run, numbers.steps):
+        return ()
+    kept, first, last = words.plural(numbers.steps, "step"), numbers.first or 0, numbers.last or 0
+    said = f"Compacted: {kept} of steps {words.step(first)} to {words.step(last)} kept in full"
+    return (f"{said}; of the others the rollups remain, and the charts show them.",)
 
 
 def _notes(info: RunInfo) -> tuple[str, ...]:

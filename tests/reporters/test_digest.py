@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradwatch.compact import Keep, compact_run
 from gradwatch.errors import UnknownNameError
 from gradwatch.reporters import digest as digest_module
 from gradwatch.reporters.binning import Band, Bins, coarse
 from gradwatch.reporters.digest import Digest
+from gradwatch.run import load
+from gradwatch.testing import write_run
 from tests.reporters.conftest import MakeRun
 
 
@@ -133,3 +138,16 @@ def test_coarse_bins_are_a_digit_and_zeros_and_at_most_as_many_as_asked_for(n: i
 
     assert -(-n // width) <= columns
     assert set(str(width)[1:]) <= {"0"} or width < 10
+
+
+def test_a_compacted_run_shows_the_extremes_of_the_steps_that_are_gone(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", steps=5000, parameters=6, scenario="spike")
+    before = Digest.of(load(path), 50)
+    compact_run(path, keep=Keep(100, around=10, first=100))
+    after = Digest.of(load(path), 50)
+
+    assert len(load(path)) == 200
+    assert after.first.tolist() == before.first.tolist()
+    assert after.last.tolist() == before.last.tolist()
+    assert (after.norms.high >= before.norms.high * (1 - 1e-6)).all()
+    np.testing.assert_allclose(after.metrics["global_norm"].high, before.metrics["global_norm"].high, rtol=1e-6)

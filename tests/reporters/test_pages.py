@@ -8,8 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from gradwatch.errors import ConfigurationError
+from gradwatch.reporters.access import is_local, token_for
 from gradwatch.reporters.pages import MOST_OPEN, Library, live_app
-from gradwatch.reporters.serving import is_local, serve, token_for
+from gradwatch.reporters.serving import serve
 from gradwatch.testing import write_run
 from tests.reporters.conftest import ENGINE, HOSTILE, MakeRun, named_parameters
 from tests.reporters.test_html import Outline
