@@ -174,6 +174,8 @@ class BetweenStepsAction(Action):
     priority: ClassVar[int] = 50
     #: Whether what the detectors learnt about the run no longer holds after it.
     renews: ClassVar[bool] = False
+    #: Causes (ids of `gradwatch.diagnosis`) that it takes away, and so comes first for.
+    cures: ClassVar[tuple[str, ...]] = ()
     #: Whether the weights begin anew.
     begins_anew: ClassVar[bool] = False
 
@@ -234,6 +236,7 @@ class RunState:
         first_loss: Median of the first finite losses; NaN while none is known.
         loss: Median of the last losses; NaN while none is known, infinite when they are not finite.
         best_loss: The lowest that `loss` has been.
+        growth: By how much the loss rose at most from one step to the next, lately; 1 where it did not.
         learns: Whether the loss has fallen, lately or well below where it began; False while none is known.
         recovery: Step and factor at which the learning rate began its way back; None when it is not on it.
         began: The first step of the present weights: 0, or that of the last initialisation.
@@ -248,6 +251,7 @@ class RunState:
     first_loss: float = math.nan
     loss: float = math.nan
     best_loss: float = math.inf
+    growth: float = 1.0
     learns: bool = False
     recovery: tuple[int, float] | None = None
     recovered: bool = False

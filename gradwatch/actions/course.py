@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -38,6 +39,7 @@ class Course:
             self._first += [loss for loss in known if math.isfinite(loss)][: SHORT - len(self._first)]
             state.first_loss = statistics.median(self._first) if self._first else math.nan
         state.loss = _median(list(self._recent)[-SHORT:])
+        state.growth = _growth(list(self._recent))
         state.best_loss = min(state.best_loss, state.loss)
         state.learns = self._learns(state)
 
@@ -64,6 +66,12 @@ class Course:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._recent, self._first = deque(state["recent"], maxlen=WINDOW), list(state["first"])
+
+
+def _growth(losses: list[float]) -> float:
+    """The largest ratio of a loss to the one before; 1 where none rose."""
+    pairs = itertools.pairwise(losses)
+    return max((new / old for old, new in pairs if 0 < old < new < math.inf), default=1.0)
 
 
 def _median(losses: list[float]) -> float:

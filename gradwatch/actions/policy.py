@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -166,7 +167,10 @@ class Policy:
         self.state.failures[f"{key}:{rule}"] = self.state.failed(key, rule) + 1
 
     def _gravest_first(self) -> list[Finding]:
-        return sorted(self._open.values(), key=lambda f: (-SEVERITIES.index(f.severity), f.first_step, f.id))
+        def order(finding: Finding) -> tuple[int, bool, int, str]:
+            return -SEVERITIES.index(finding.severity), finding.rule != "nonfinite", finding.first_step, finding.id
+
+        return sorted(self._open.values(), key=order)
 
     def _remedy(self, finding: Finding, step: int) -> Due | None:
         if finding.rule in self._given_up:
@@ -178,6 +182,8 @@ class Policy:
             may_help = may_help or not isinstance(action, Stop)
             if self._is_time(action, finding, step) and (due := action.respond(finding, step, self.state)):
                 return due
+            if finding.evidence.get("cause_id", "") in action.cures and not self.state.learns:
+                return None  # what takes the cause away waits to be sure, and nothing else is done meanwhile
         if not may_help and any(key.endswith(f":{finding.rule}") for key in self.state.failures):
             return self._give_up(finding, step, "no remedy is left")
         return None
@@ -186,10 +192,14 @@ class Policy:
         """The actions that may still be applied to a finding, now or later: first those beyond the last that failed."""
         is_spent = [self.state.failed(self._keys[id(a)], finding.rule) >= a.tries for a in self.between]
         rung = max((place for place, spent in enumerate(is_spent) if spent), default=-1)
-        order = sorted(
-            enumerate(self.between), key=lambda entry: (isinstance(entry[1], Stop), entry[0] < rung, entry[0])
-        )
-        for place, action in order:
+        cause = finding.evidence.get("cause_id", "")
+
+        def turn(place: int) -> tuple[bool, bool, bool, int]:
+            action = self.between[place]
+            return isinstance(action, Stop), cause not in action.cures, place < rung, place
+
+        for place in sorted(range(len(self.between)), key=turn):
+            action = self.between[place]
             times = self.state.times.get(self._keys[id(action)], 0)
             within_limit = action.max_times is None or times < action.max_times
             severe = SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
@@ -198,7 +208,8 @@ class Policy:
 
     def _is_time(self, action: BetweenStepsAction, finding: Finding, step: int) -> bool:
         last = self.state.last_applied.get(self._keys[id(action)])
-        confirm = action.confirm // 3 if finding.severity == "critical" else action.confirm
+        is_lost = finding.severity == "critical" or math.isinf(self.state.loss)
+        confirm = action.confirm // 3 if is_lost else action.confirm
         return (last is None or step - last >= action.cooldown) and step - finding.first_step >= confirm
 
     def _give_up(self, finding: Finding, step: int, why: str) -> Due | None:

@@ -45,7 +45,16 @@ def repair(*, restructure: bool = False) -> Ladder:
         ['DecayLR', 'Rollback', 'Reinitialize', 'Stop']
     """
     remedies: list[Action] = [
-        DecayLR(factor=0.3, cooldown=10, within=40, tries=3, recover=500, hold=200),
+        # A loss that has diverged does not come back from a smaller rate alone.
+        DecayLR(
+            factor=0.3,
+            on=("exploding", "spike", "oscillation", "update_ratio"),
+            cooldown=10,
+            within=40,
+            tries=3,
+            recover=500,
+            hold=200,
+        ),
         Rollback(factor=0.3, every=50, max_times=4),
         Reinitialize(),
     ]

@@ -78,6 +78,7 @@ class Reinitialize(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 40
+    cures: ClassVar[tuple[str, ...]] = ("init_large", "init_small", "dying_relu", "killed_units")
 
     def __init__(self, *, scheme: str = "auto", **common: Any) -> None:
         super().__init__(**common)
@@ -153,6 +154,7 @@ class Restructure(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 60
+    cures: ClassVar[tuple[str, ...]] = ("output_layer",)
 
     def __init__(
         self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", tries: int = 3, **common: Any

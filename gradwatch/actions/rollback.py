@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -23,7 +24,9 @@ class Rollback(BetweenStepsAction):
         every: Steps between snapshots.
         keep: Snapshots kept.
         where: `memory` (host memory) or `disk` (in the run directory, deleted at the end).
-        factor: Multiply the learning-rate factor by this each time; 1 leaves the rate.
+        factor: Multiply the learning-rate factor by this each time, or by less where the loss shot up: gradient descent
+            on a quadratic of curvature c multiplies the error by |1 - rate c|, so a loss that grew r-fold in a step
+            asks for a rate that is 1 + sqrt(r) times smaller. 1 leaves the rate.
         min_factor: The factor never falls below this.
         on: Rules that call for it.
         cooldown: Steps between two rollbacks.
@@ -49,7 +52,7 @@ class Rollback(BetweenStepsAction):
         keep: int = 3,
         where: str = "memory",
         factor: float = 0.5,
-        min_factor: float = 1e-3,
+        min_factor: float = 1e-6,
         on: str | Sequence[str] | None = None,
         cooldown: int = 20,
         max_times: int | None = 10,
@@ -77,7 +80,8 @@ class Rollback(BetweenStepsAction):
             return None  # there is no good state: these weights never gave a finite step
         if finding.severity != "critical" and step - finding.first_step < self.patience:
             return None
-        after = min(state.lr_factor, max(state.lr_factor * self.factor, self.min_factor))
+        factor = min(self.factor, 1.0 / (1.0 + math.sqrt(state.growth))) if self.factor < 1.0 else 1.0
+        after = min(state.lr_factor, max(state.lr_factor * factor, self.min_factor))
         return Due(
             self,
             f"back to the last good snapshot because of {finding.rule}, learning rate scaled by {after:.4g}",
