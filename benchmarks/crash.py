@@ -1,4 +1,4 @@
-"""What a crash leaves of a run: kills, faults of the disk, truncated files, power cuts. Prints a table, writes JSON.
+"""What a crash leaves of a run: kills, faults of the disk, cut files, power cuts. Prints a table, writes JSON.
 
     python -m benchmarks.crash --kills 500
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import logging
 import mmap
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ from benchmarks.machine import machine
 from gradwatch.errors import GradwatchError
 from gradwatch.reader import RunReader
 from gradwatch.records import Finding, Parameter, RunInfo, Samples, StepBatch
-from gradwatch.storage import recorder, store
+from gradwatch.storage import recorder, store, trouble
 from gradwatch.storage.disk import Disk
 from gradwatch.writer import RunWriter
 
@@ -82,13 +83,14 @@ class Outcome:
         """Whether nothing was lost but tails."""
         return not (self.unreadable or self.wrong or self.lost_recorded or self.raised)
 
-    def check(self, path: Path, *, handed: int = 0, known: int = 0) -> int:
+    def check(self, path: Path, *, handed: int = 0, known: int = 0, gaps: bool = False) -> int:
         """Look at what a crash left; returns how many steps are there.
 
         Args:
             path: The run.
             handed: Steps that the training had handed over.
             known: Steps that were there before.
+            gaps: Beyond those, any may be missing, not only the last.
         """
         self.rounds += 1
         try:
@@ -101,12 +103,14 @@ class Outcome:
             self.unreadable += 1
             self.notes.append(f"round {self.rounds}: {type(error).__name__}: {error}")
             return known
-        right = steps.tolist() == list(range(len(steps))) and np.array_equal(losses, steps)
+        first = known if gaps else len(steps)
+        right = steps[:first].tolist() == list(range(first)) and np.array_equal(losses, steps)
+        right &= bool((np.diff(steps) > 0).all())
         for add, (taken, norms, _) in enumerate(values):
             right &= np.array_equal(norms, norms_of(taken) + add)
         # An event may be part of the lost tail; one that is there comes never before its step.
         at = [finding.first_step for finding in findings]
-        right &= at == sorted(set(at)) and all(step % 25 == 0 and step < len(steps) for step in at)
+        right &= at == sorted(set(at)) and all(step % 25 == 0 and step in steps for step in at)
         if not right or run.damage:
             self.wrong += 1
             self.notes.append(f"round {self.rounds}: steps {steps[:3]}..{steps[-3:]}, damage {run.damage}")
@@ -123,11 +127,11 @@ class DeadlyDisk(Disk):
 
     #: At how many operations from the start; None for never.
     fatal: int | None = None
-    _count = 0
+    count = 0
 
     def _operation(self) -> None:
-        type(self)._count += 1
-        if self._count == self.fatal:
+        type(self).count += 1
+        if self.count == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
 
@@ -298,7 +302,7 @@ def _check_cut(outcome: Outcome, run: Path, file: Path, written: int) -> None:
 
 
 def write_steps(run: Path, count: int, *, seal_at: int, disk: Disk | None = None, finish: bool = False) -> int:
-    """Record steps 0 to `count` without threads: sealed up to a multiple of `seal_at`, the rest open; returns `count`."""
+    """Record steps 0 to `count` without threads, sealed at multiples of `seal_at`, the rest open; returns `count`."""
     target = store.Store(run, RunInfo(PARAMETERS), disk=disk)
     try:
         for step in range(0, count, 10):
@@ -312,3 +316,210 @@ def write_steps(run: Path, count: int, *, seal_at: int, disk: Disk | None = None
     finally:
         target.release()
     return count
+
+
+# -- faults of the disk ------------------------------------------------------------------------------------------------
+
+
+class FailingDisk(Disk):
+    """Raises OSError for a while, after a part of the data has been written."""
+
+    #: The error, and at which operations it comes.
+    code = errno.ENOSPC
+    failing: range = range(0)
+    count = 0
+
+    def _operation(self) -> None:
+        type(self).count += 1
+        if self.count in self.failing:
+            raise OSError(self.code, os.strerror(self.code))
+
+    def open(self, path: Path) -> int:
+        self._operation()
+        return super().open(path)
+
+    def append(self, file: int, data: bytes) -> None:
+        super().append(file, data[: len(data) // 2])
+        self._operation()
+        super().append(file, data[len(data) // 2 :])
+
+    def truncate(self, file: int, size: int) -> None:
+        self._operation()
+        super().truncate(file, size)
+
+    def sync(self, file: int) -> None:
+        self._operation()
+        super().sync(file)
+
+    def replace(self, path: Path, data: Any) -> None:
+        self._operation()
+        super().replace(path, data)
+
+    def remove(self, path: Path) -> None:
+        self._operation()
+        super().remove(path)
+
+
+def fault_campaign(rounds: int, folder: Path, *, seed: int = 0) -> Outcome:
+    """A disk that fails for some operations, with ENOSPC, EIO or EROFS; then it works again, or not."""
+    outcome = Outcome("faults of the disk: ENOSPC, EIO, EROFS")
+    draw = random.Random(seed)  # noqa: S311 -- no secrets
+    kept = trouble.FIRST_RETRY, trouble.LAST_RETRY, store.SEAL_ROWS, recorder.SYNC
+    trouble.FIRST_RETRY, trouble.LAST_RETRY, store.SEAL_ROWS, recorder.SYNC = 0.01, 0.02, 40, 0.02
+    try:
+        for number in range(rounds):
+            first = draw.randrange(8, 60)
+            lasting = draw.random() < 0.25
+            failing = range(first, 1 << 60 if lasting else first + draw.randrange(1, 12))
+            members = {"failing": failing, "code": draw.choice([errno.ENOSPC, errno.EIO, errno.EROFS]), "count": 0}
+            _survive(outcome, folder / f"run-{number}", type("ThisDisk", (FailingDisk,), members), lasting=lasting)
+    finally:
+        trouble.FIRST_RETRY, trouble.LAST_RETRY, store.SEAL_ROWS, recorder.SYNC = kept
+    return outcome
+
+
+def _survive(outcome: Outcome, run: Path, disk: type[Disk], *, lasting: bool) -> None:
+    """Record 300 steps on a disk that fails; when it recovers, every one of them must be there."""
+
+    class ThisWriter(RunWriter):
+        disk_type = disk
+
+    writer = ThisWriter(run, RunInfo(PARAMETERS), flush_every=10, flush_seconds=0.01)
+    for step in range(300):
+        try:
+            writer.write(row_of(step))
+            if step % 25 == 0:
+                writer.event("finding", Finding(f"spike-{step}", "spike", "critical", step, step).to_json(), sync=True)
+        except Exception as error:  # noqa: BLE001 -- counted: none may reach the training loop
+            outcome.raised += 1
+            outcome.notes.append(f"write: {error!r}")
+        if step % 10 == 0:
+            time.sleep(0.002)
+    try:
+        if not lasting:
+            time.sleep(0.3)
+        writer.close()
+    except Exception as error:  # noqa: BLE001
+        outcome.raised += 1
+        outcome.notes.append(f"close: {error!r}")
+    found = outcome.check(run)
+    if not lasting and found != 300:
+        outcome.wrong += 1
+        outcome.notes.append(f"round {outcome.rounds}: {found} of 300 steps after the disk recovered")
+    if found + writer.dropped_steps != 300:
+        outcome.wrong += 1
+        outcome.notes.append(f"round {outcome.rounds}: {found} recorded, {writer.dropped_steps} counted as dropped")
+
+
+# -- power cuts --------------------------------------------------------------------------------------------------------
+
+
+class VolatileDisk(Disk):
+    """Remembers what would survive a power cut: content that was synced, under names whose folder was synced.
+
+    Of what was not synced any part may survive; `cut` draws it.
+    """
+
+    def __init__(self) -> None:
+        self.safe: dict[Path, bytes] = {}
+        self.names: set[Path] = set()
+
+    def sync(self, file: int) -> None:
+        super().sync(file)
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        self.safe[path] = path.read_bytes()
+
+    def sync_folder(self, path: Path) -> None:
+        self.names = {name for name in self.names if name.parent != path} | {
+            name for name in path.iterdir() if name.is_file()
+        }
+
+    def replace(self, path: Path, data: Any) -> None:
+        super().replace(path, data)
+        self.safe[path] = bytes(data)
+
+    def cut(self, run: Path, target: Path, draw: random.Random) -> None:
+        """Write to `target` what the run at `run` may look like after a power cut at this moment."""
+        for path in {*self.names, *(p for p in run.rglob("*") if p.is_file())}:
+            now = path.read_bytes() if path.exists() else None
+            synced = self.safe.get(path) if path in self.names else None
+            content = draw.choice([synced, now]) if now is None or synced is None else _partly(synced, now, draw)
+            if content is not None:
+                place = target / path.relative_to(run)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(content)
+
+
+def _partly(synced: bytes, now: bytes, draw: random.Random) -> bytes:
+    """What was synced, and of what was appended since: nothing, a part, or a part that is all zeros."""
+    if not now.startswith(synced):
+        return draw.choice([synced, now])
+    more = now[len(synced) : draw.randint(len(synced), len(now))]
+    return synced + draw.choice([more, bytes(len(more))])
+
+
+def power_campaign(rounds: int, folder: Path, *, seed: int = 0) -> Outcome:
+    """Cut the power at moments all over the life of a run; what was synced must be there, and right."""
+    outcome = Outcome("power cuts: any part of what was not synced is gone")
+    draw = random.Random(seed)  # noqa: S311 -- no secrets
+    for number in range(rounds):
+        run, left = folder / f"run-{number}", folder / f"left-{number}"
+        disk = VolatileDisk()
+        target = store.Store(run, RunInfo(PARAMETERS), disk=disk)
+        synced = step = 0
+        until = draw.randrange(1, 400)
+        while step < until:
+            target.append(row_of(step))
+            step += 1
+            if draw.random() < 0.1:
+                target.sync()
+                synced = step
+            if draw.random() < 0.02:
+                target.end_segment()
+                if draw.random() < 0.7:
+                    target.seal()
+                    synced = step
+        disk.cut(run, left, draw)
+        target.release()
+        outcome.check(left, handed=step, known=synced, gaps=True)
+        shutil.rmtree(run)
+        shutil.rmtree(left)
+    return outcome
+
+
+# -- all ---------------------------------------------------------------------------------------------------------------
+
+
+def in_a_folder(campaign: Callable[..., Outcome], *args: Any, **settings: Any) -> Outcome:
+    """Run a campaign in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        return campaign(*args, folder=Path(folder), **settings)
+
+
+def main() -> int:
+    """Run all campaigns, print and write the table; 1 when anything but a tail was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--faults", type=int, default=100)
+    parser.add_argument("--cuts", type=int, default=300)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/crash.json"))
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    outcomes = [
+        in_a_folder(kill_campaign, options.kills * 3 // 5),
+        in_a_folder(kill_campaign, options.kills - options.kills * 3 // 5, at_operations=True),
+        in_a_folder(truncation_campaign),
+        in_a_folder(fault_campaign, options.faults),
+        in_a_folder(power_campaign, options.cuts),
+    ]
+    print(f"{'campaign':55} {'rounds':>6} {'unread':>6} {'wrong':>6} {'lost':>6} {'tail':>6} {'raised':>6}")
+    for o in outcomes:
+        numbers = (o.rounds, o.unreadable, o.wrong, o.lost_recorded, o.longest_tail, o.raised)
+        print(f"{o.campaign:55}", *(f"{number:>6}" for number in numbers))
+        print(*o.notes[:5], sep="\n", end="\n" if o.notes else "")
+    options.out.write_text(json.dumps({**machine(), "campaigns": [asdict(o) for o in outcomes]}, indent=1) + "\n")
+    return 0 if all(o.is_clean for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

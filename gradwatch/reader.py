@@ -17,8 +17,6 @@ from gradwatch.records import (
     METRICS,
     MODULE_STATISTICS,
     PARAMETER_STATISTICS,
-    SKIP_REASONS,
-    STAGES,
     ActionRecord,
     Finding,
     Ints,
@@ -151,7 +149,7 @@ class RunReader:
         Returns:
             The steps at which it was taken, int64 of shape (k,); the values, shape (k, c); the names of the c columns.
         """
-        names = self._names(statistic, layers)
+        names = self.names(statistic, layers)
         step, values = read_values(self._catalog, statistic, names, check_steps(steps))
         return step, values, names
 
@@ -168,7 +166,7 @@ class RunReader:
         """
         if not isinstance(resolution, int) or resolution < 1:
             raise ConfigurationError.of("resolution", "an integer >= 1", resolution)
-        names = self.metric_names if statistic == METRIC else self._names(statistic, layers)
+        names = self.metric_names if statistic == METRIC else self.names(statistic, layers)
         return read_rollup(
             self._files, self._catalog, names, check_steps(steps), statistic=statistic, resolution=resolution
         )
@@ -197,7 +195,8 @@ class RunReader:
         taken = {name for layout in self._catalog.layouts() for name in layout.statistics}
         return (GRAD_NORM, *sorted(taken - {GRAD_NORM}))
 
-    def _names(self, statistic: str, layers: Patterns) -> tuple[str, ...]:
+    def names(self, statistic: str = GRAD_NORM, layers: Patterns = None) -> tuple[str, ...]:
+        """What the values of a statistic belong to: parameters in order of depth, or modules."""
         known = {*PARAMETER_STATISTICS, *MODULE_STATISTICS, *self.statistic_names}
         if statistic not in known:
             raise UnknownNameError.among("statistic", statistic, known)
@@ -270,11 +269,10 @@ class RunReader:
     def metrics(self, *, steps: slice | None = None) -> pd.DataFrame:
         """Loss, learning rate and all that was logged, one row per step; NaN where not known.
 
-        The columns `stage` and `skip_reason` are words.
+        The columns `stage` and `skip_reason` are categories of words.
         """
         step, numbers = read_metrics(self._catalog, self.metric_names, check_steps(steps))
-        words = {"stage": np.array(STAGES)[numbers.stage], "skip_reason": np.array(SKIP_REASONS)[numbers.skip_reason]}
-        return frames.of_metrics(step, numbers.metrics, words)
+        return frames.of_metrics(step, numbers.metrics, stage=numbers.stage, skip_reason=numbers.skip_reason)
 
     def parameters(self) -> pd.DataFrame:
         """The parameters in order; index `name`, columns as the fields of `Parameter`, and `size`."""

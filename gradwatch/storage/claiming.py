@@ -54,6 +54,8 @@ def make_folders(path: Path, disk: Disk) -> None:
         (path / folder).mkdir(exist_ok=True)
         for file in (path / folder).glob("*" + TEMPORARY_SUFFIX):
             disk.remove(file)
+    disk.sync_folder(path)
+    disk.sync_folder(path.absolute().parent)
 
 
 def delete_run(path: Path, disk: Disk) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Ints
+from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Ints, StepBatch
 from gradwatch.storage.arrow import plain
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
 from gradwatch.storage.pace import Breather
@@ -112,6 +112,23 @@ def _fill(columns: SegmentColumns, path: Path, layout: Layout) -> None:
             filled[name] = high
             breathe()
         at = end
+
+
+def columns_of(batch: StepBatch) -> SegmentColumns:
+    """A batch as columns."""
+    layout = Layout.of(batch)
+    statistics = {GRAD_NORM: Columns(np.arange(len(batch)), np.ascontiguousarray(batch.grad_norm.T))}
+    for name, samples in batch.statistics.items():
+        if len(samples.rows):
+            statistics[name] = Columns(samples.rows, np.ascontiguousarray(samples.values.T))
+    return SegmentColumns(
+        layout=dataclasses.replace(layout, statistics=tuple(name for name in layout.statistics if name in statistics)),
+        step=batch.step,
+        stage=batch.stage,
+        skip_reason=batch.skip_reason,
+        metrics=np.array([batch.metric(name) for name in layout.metrics], np.float64).reshape(-1, len(batch)),
+        statistics=statistics,
+    )
 
 
 def take_rows(columns: Columns, rows: Ints) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradwatch.errors import UnknownNameError
-from gradwatch.records import NOT_MEASURED, ActionRecord, Finding, Ints, Layers, Parameter
+from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, ActionRecord, Finding, Ints, Layers, Parameter
 from gradwatch.storage.rollups import Rollup
 
 if TYPE_CHECKING:
@@ -71,12 +71,14 @@ def _no_marker(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.where(values == NOT_MEASURED, np.nan, values)
 
 
-def of_metrics(
-    step: Ints, metrics: Mapping[str, npt.NDArray[Any]], words: Mapping[str, npt.NDArray[Any]]
-) -> pd.DataFrame:
+def of_metrics(step: Ints, metrics: Mapping[str, npt.NDArray[Any]], *, stage: Ints, skip_reason: Ints) -> pd.DataFrame:
     """One row per step; a metric with the name of a column of words gets `metric/` before it."""
     import pandas as pd
 
+    words = {
+        "stage": pd.Categorical.from_codes(stage, categories=pd.Index(STAGES)),
+        "skip_reason": pd.Categorical.from_codes(skip_reason, categories=pd.Index(SKIP_REASONS)),
+    }
     columns = {f"metric/{name}" if name in words else name: _no_marker(values) for name, values in metrics.items()}
     return pd.DataFrame({**columns, **words}, index=pd.Index(step, name="step"))
 

@@ -58,6 +58,14 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
     return int(written + sealed.size)
 
 
+def seal_all(run: Path, disk: Disk) -> None:
+    """Seal every stream of a run that nobody writes to."""
+    for stream in sorted((run / STEPS).glob(f"*{OPEN_SUFFIX}")):
+        stem = Stem.parse(stream.name.removesuffix(OPEN_SUFFIX))
+        if stem is not None and not stream.is_symlink():
+            seal(run, stem, disk)
+
+
 def rollups_of(segment: SegmentColumns) -> list[Rollup]:
     """The rollups of all statistics and metrics of a segment, at all resolutions."""
     layout = segment.layout

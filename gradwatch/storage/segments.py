@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,14 +92,18 @@ class SealedSegment:
             table, rows = self._read(self._steps, wanted), np.arange(self.count)
         elif statistic in self.layout.statistics:
             table = self._read(self._samples, ["step", *wanted])
-            rows = np.searchsorted(self.step, plain(table.column("step")))
+            steps = plain(table.column("step"))
+            rows = np.minimum(np.searchsorted(self.step, steps), max(0, self.count - 1))
+            known = self.step[rows] == steps if self.count else np.zeros(len(steps), bool)
         else:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
         values = np.empty((len(names), len(rows)), np.float32)
-        for row, column in zip(values, wanted, strict=True):
-            row[:] = measured(table.column(column))
+        with damage_in(self._steps if statistic == GRAD_NORM else self._samples):
+            for row, column in zip(values, wanted, strict=True):
+                row[:] = measured(table.column(column))
         if statistic != GRAD_NORM and len(rows):
-            taken = (values != NOT_MEASURED).any(axis=0)
+            # A retention policy may have taken the steps of some samples.
+            taken = (values != NOT_MEASURED).any(axis=0) & known
             rows, values = rows[taken], values[:, taken]
         return Samples(rows, values.T)
 
@@ -120,11 +125,21 @@ class SealedSegment:
         )
 
     def _read(self, path: str, columns: list[str]) -> pa.Table:
-        try:
-            with self._open_file(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
-                if path == self._steps and self._layout is None:
-                    self._layout = Layout.from_metadata(file.metadata.metadata)
-                    self._rows = file.metadata.num_rows
-                return file.read(columns=columns) if columns else None
-        except DAMAGE as error:
-            raise RunCorruptError(f"{path} is damaged: {error}") from error
+        with (
+            damage_in(path),
+            self._open_file(path) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
+            if path == self._steps and self._layout is None:
+                self._layout = Layout.from_metadata(file.metadata.metadata)
+                self._rows = file.metadata.num_rows
+            return file.read(columns=columns, use_threads=False) if columns else None
+
+
+@contextmanager
+def damage_in(path: str) -> Iterator[None]:
+    """Errors of a damaged file come out as RunCorruptError."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise RunCorruptError(f"{path} is damaged: {error}") from error

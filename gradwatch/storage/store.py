@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from gradwatch.storage.disk import Disk
 from gradwatch.storage.events import RESUMED, encode_event, whole_lines
 from gradwatch.storage.facts import Facts
 from gradwatch.storage.files import LocalFiles
-from gradwatch.storage.layout import EVENTS_FILE, LOCK_FILE, RUN_FILE, STEPS, Layout, Stem
+from gradwatch.storage.layout import EVENTS_FILE, LOCK_FILE, OPEN_SUFFIX, RUN_FILE, STEPS, Layout, Stem
 from gradwatch.storage.lock import Lock
 from gradwatch.storage.open_segment import OpenSegment
 from gradwatch.storage.sealing import seal
@@ -167,9 +168,20 @@ class Store:
 
     def sync(self) -> None:
         """Make all steps and events so far safe from a power cut."""
+        for stem in tuple(self._ended):
+            with contextlib.suppress(FileNotFoundError):
+                self._sync_ended(self.path / STEPS / f"{stem}{OPEN_SUFFIX}")
         for file in (self._open, self._events):
             if file is not None:
                 file.sync()
+
+    def _sync_ended(self, path: Path) -> None:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            self.disk.sync(file)
+            self.disk.sync_folder(path.parent)
+        finally:
+            os.close(file)
 
     # -- sealing -------------------------------------------------------------------------------------------------------
 
