@@ -17,6 +17,7 @@ import typer
 from gradwatch.errors import ConfigurationError, GradwatchError, UnknownNameError
 
 if TYPE_CHECKING:
+    from gradwatch.alerts import Channel
     from gradwatch.run import Run
 
 OK, FOUND, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +30,11 @@ app = typer.Typer(
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+To = Annotated[
+    list[str] | None,
+    typer.Option("--to", "-t", metavar="CHANNEL", help="log, console, command:PROGRAM, an https:// address or one of "
+                 "apprise; again for more. By default those in the environment's GRADWATCH_ALERTS."),
+]  # fmt: skip
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
 
 
@@ -290,6 +296,30 @@ def compact(
 
 
 @app.command()
+def watchdog(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="A run, or a directory with runs below it.")],
+    to: To = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 10.0,
+    silence: Annotated[float, typer.Option(min=1.0, help="Seconds without a sign of life that are too long.")] = 60.0,
+) -> None:
+    """Tell people when a training dies, freezes or stands still, until interrupted."""
+    from gradwatch.watchdog import Limits, watch_root
+
+    watch_root(root, _channels(to), every=every, limits=Limits(silence=silence))
+
+
+@app.command(name="alert-test")
+def alert_test(to: To = None) -> None:
+    """Send a test message to each channel; exit 1 when one fails."""
+    from gradwatch.alerts import alert_test as send
+
+    outcomes = send(_channels(to))
+    for outcome in outcomes:
+        typer.echo(f"{outcome.channel}: {outcome.error or 'sent'}")
+    raise typer.Exit(OK if all(outcome.is_sent for outcome in outcomes) else FOUND)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the three runs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the digits.")] = 0,
@@ -319,6 +349,15 @@ def _reports(runs: list[Run], out: Path) -> None:
     for path in paths:
         typer.echo(f"report: {path}")
     typer.echo(f"comparison: {overview}")
+
+
+def _channels(names: list[str] | None) -> list[Channel]:
+    from gradwatch.alerts import channel_named, channels_from_environment
+
+    channels = [channel_named(name) for name in names] if names else channels_from_environment()
+    if not channels:
+        raise ConfigurationError("no channel: name one with --to, or in the environment's GRADWATCH_ALERTS")
+    return channels
 
 
 def _open(path: Path) -> Run:

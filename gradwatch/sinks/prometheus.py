@@ -51,7 +51,7 @@ class Prometheus:
         if isinstance(max_layers, bool) or not isinstance(max_layers, int) or max_layers < 0:
             raise ConfigurationError.of("max_layers", "an integer >= 0", max_layers)
         try:
-            import prometheus_client
+            import prometheus_client.core
         except ImportError:
             raise MissingDependencyError.of("prometheus-client", extra="prometheus") from None
         self._client: Any = prometheus_client
@@ -174,7 +174,7 @@ class Prometheus:
         total = core.CounterMetricFamily("gradwatch_findings", "Findings that opened.", labels=labels)
         opened = core.GaugeMetricFamily("gradwatch_findings_open", "Findings that hold now.", labels=labels)
         holding = Counter(dict(self._open).values())
-        for kind in {*list(self._findings), *holding}:
+        for kind in list(self._findings):
             total.add_metric(kind, self._findings[kind])
             opened.add_metric(kind, holding[kind])
         actions = core.CounterMetricFamily("gradwatch_actions", "Actions that were applied.", labels=["action"])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -424,8 +423,3 @@ def test_wandb_without_a_run_says_so() -> None:
 def test_mlflow_without_a_run_says_so() -> None:
     with pytest.raises(ConfigurationError, match=r"no MLflow run is active: call mlflow.start_run\(\) first"):
         sinks.MLflow()
-
-
-def fetch(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        return str(answer.read().decode())
