@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Outcome:
 
 def acts() -> tuple[Act, ...]:
     """The three trainings, in order."""
-    helped = (SkipStep(), Clip(max_norm=1.0), DecayLR(factor=0.3, cooldown=20, min_factor=0.01))
+    helped = (SkipStep(), Clip(max_norm=0.3), DecayLR(factor=0.5, cooldown=20, min_factor=0.01))
     return (
         Act("1-healthy", "healthy", HEALTHY_RATE),
         Act("2-sabotaged", "sabotaged, only watched", SABOTAGED_RATE),
@@ -81,20 +82,25 @@ def run_demo(root: Path, *, progress: Progress, seed: int = 0) -> list[Outcome]:
 
 
 def build_model() -> nn.Sequential:
-    """A convolutional network with ten weight layers and no normalisation: deep enough to be hurt."""
+    """A convolutional network with nine weight layers and no normalisation: deep enough to be hurt."""
     from torch import nn
 
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        layers: list[nn.Module] = []
-        for width in (inputs, outputs):
-            convolution = nn.Conv2d(width, outputs, 3, padding=1)
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]  # a convolution made with its bias
-            layers += [convolution, nn.ReLU()]
-        return [*layers, nn.MaxPool2d(2)]
-
-    layers = [*block(1, 8), *block(8, 16), *block(16, 32), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    layers: dict[str, nn.Module] = {}
+    channels = 1
+    for block, width in enumerate((8, 16, 32), 1):
+        for part in "ab":
+            layers[f"conv{block}{part}"] = nn.Conv2d(channels, width, 3, padding=1)
+            layers[f"relu{block}{part}"] = nn.ReLU()
+            channels = width
+        layers[f"pool{block}"] = nn.MaxPool2d(2)
+    layers |= {"flatten": nn.Flatten(), "fc1": nn.Linear(288, 64), "relu4": nn.ReLU()}
+    layers |= {"fc2": nn.Linear(64, 64), "relu5": nn.ReLU(), "out": nn.Linear(64, 10)}
+    model = nn.Sequential(OrderedDict(layers))
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return model
 
 
 def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,11 +15,14 @@ from typing import Any
 from gradwatch.records import Parameter, RunInfo
 
 
-def provenance(parameters: tuple[Parameter, ...], *, framework: str, config: Mapping[str, Any]) -> RunInfo:
+def provenance(
+    parameters: tuple[Parameter, ...], modules: tuple[str, ...] = (), *, framework: str, config: Mapping[str, Any]
+) -> RunInfo:
     """The facts of a run that starts now in this process."""
     now = time.time()
     return RunInfo(
         parameters=parameters,
+        modules=modules,
         started=now,
         heartbeat=now,
         framework=framework,

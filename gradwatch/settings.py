@@ -27,6 +27,8 @@ class Settings:
             `gradwatch.alerts.channel_named` knows.
         sinks: Where numbers are mirrored live: those of `gradwatch.sinks`.
         stats_every: Steps between samples of the dearer statistics (weight norm, update ratio, ...).
+        activations: Sample the outputs of activation modules too (saturation, dying ReLU), by forward hooks that sit on
+            the model only during a sampled step. PyTorch; not for compiled models.
         check_every: Steps between looks at the record; findings are the same, later by up to this many steps.
         flush_every: Steps that a killed process loses at most.
         flush_seconds: Seconds that a killed process loses at most.
@@ -42,6 +44,7 @@ class Settings:
     alerts: Sequence[Any] = ()
     sinks: Sequence[Listener] = ()
     stats_every: int = 10
+    activations: bool = False
     check_every: int = 1
     flush_every: int = 50
     flush_seconds: float = 2.0

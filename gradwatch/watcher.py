@@ -47,6 +47,8 @@ class Watcher:
 
     Args:
         parameters: What is measured, in the order of the arrays.
+        framework: Name of the framework, for the record and for the words of the advice.
+        modules: Modules whose outputs are sampled, in the order of the arrays of module statistics.
         settings: Keyword arguments of `Settings`, such as `run_dir`.
 
     Examples:
@@ -58,10 +60,13 @@ class Watcher:
         []
     """
 
-    def __init__(self, parameters: Iterable[Parameter], *, framework: str = "", **settings: Any) -> None:
+    def __init__(
+        self, parameters: Iterable[Parameter], *, framework: str = "", modules: Sequence[str] = (), **settings: Any
+    ) -> None:
         self.settings = settings_from(settings)
         self.faults = Faults()
         self._parameters = _checked(parameters)
+        self._modules = tuple(modules)
         self._framework = framework
         self._policy = Policy(self.settings.actions, dry_run=self.settings.dry_run)
         self._engine = Engine(self.settings.detectors, self._context())
@@ -79,7 +84,7 @@ class Watcher:
         self.monitor = Monitor(
             writer=self._writer, engine=self._engine, policy=self._policy, listeners=listeners, faults=self.faults
         )
-        self._rows = Rows(self._parameters, capacity=self.settings.check_every)
+        self._rows = Rows(self._parameters, modules=self._modules, capacity=self.settings.check_every)
         self._next_step = self.settings.start_step if self.settings.start_step is not None else self._writer.next_step
         self._logged: dict[str, float] = {}
         self._hook_seconds, self._hook_seconds_before, self._step_seconds, self._steps_seen = 0.0, 0.0, 0.0, 0
@@ -222,7 +227,7 @@ class Watcher:
         self._new_columns()
 
     def _new_columns(self) -> None:
-        self._rows = Rows(self._parameters, capacity=self.settings.check_every)
+        self._rows = Rows(self._parameters, modules=self._modules, capacity=self.settings.check_every)
         self.faults.call("writer", self._writer.update_info, parameters=self._parameters, default=None)
 
     def _context(self) -> RunContext:
@@ -307,7 +312,7 @@ class Watcher:
             "flush_every": self.settings.flush_every,
             "dry_run": self.settings.dry_run,
         }
-        return provenance(self._parameters, framework=self._framework, config=config)
+        return provenance(self._parameters, self._modules, framework=self._framework, config=config)
 
 
 def global_norm(norms: Floats) -> float:

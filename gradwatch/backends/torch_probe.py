@@ -9,19 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradwatch.backends.torch_activations import ACTIVATIONS, output_statistics
 from gradwatch.backends.torch_model import clean_name, describe
 from gradwatch.probes import LayerProbe
 from gradwatch.records import Parameter
-
-#: |x| beyond which an activation is flat: the derivative is below 1 % of its maximum.
-_SATURATION = {
-    "Sigmoid": (0.0025, 0.9975),
-    "Tanh": (-0.995, 0.995),
-    "Hardtanh": (-0.995, 0.995),
-    "Softsign": (-0.9, 0.9),
-}
-_RELU_FAMILY = ("ReLU", "ReLU6")
-_ACTIVATIONS = (*_SATURATION, *_RELU_FAMILY, "LeakyReLU", "PReLU", "GELU", "ELU", "SELU", "SiLU")
 
 
 def probe(
@@ -93,7 +84,7 @@ class _Hooks:
             name, kind = clean_name(raw), type(module).__name__
             if name in layers:
                 self._handles.append(module.register_forward_hook(self._on_layer(layers[name])))
-            elif kind in _ACTIVATIONS:
+            elif kind in ACTIVATIONS:
                 self._handles.append(module.register_forward_hook(self._on_activation(kind)))
 
     def __enter__(self) -> dict[str, LayerProbe]:
@@ -134,16 +125,7 @@ def _measure(layer: LayerProbe, output: Tensor) -> None:
 
 def _measure_activation(layer: LayerProbe, output: Tensor, kind: str) -> None:
     _measure(layer, output)
-    if kind in _SATURATION:
-        low, high = _SATURATION[kind]
-        layer.saturated_fraction = float(((output <= low) | (output >= high)).double().mean())
-    elif kind in _RELU_FAMILY:
-        units = (
-            output.movedim(1, -1).reshape(-1, output.shape[1])
-            if output.dim() > 2
-            else output.reshape(-1, output.shape[-1])
-        )
-        layer.dead_fraction = float((units <= 0).all(dim=0).double().mean())
+    _, _, layer.saturated_fraction, layer.dead_fraction = output_statistics(output, kind).tolist()
 
 
 def _measure_gradient(layer: LayerProbe, grad: Tensor) -> None:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.actions.base import Due
+from gradwatch.backends.torch_activations import ActivationSampler, activation_modules, by_statistic
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
 from gradwatch.backends.torch_clips import EPSILON
-from gradwatch.backends.torch_device import host_or_copy
+from gradwatch.backends.torch_device import host_or_copy, on_host
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
 from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, thawed, with_uses
@@ -61,7 +62,9 @@ class TorchWatcher(Watcher):
         self, model: nn.Module, optimizers: Sequence[Optimizer], *, loss_fn: nn.Module | None = None, **settings: Any
     ) -> None:
         described, tensors = describe(model, optimizers)
-        super().__init__(described, framework="torch", **settings)
+        modules = activation_modules(model) if settings.get("activations") else {}
+        super().__init__(described, framework="torch", modules=list(modules), **settings)
+        self._activations = ActivationSampler(modules)
         self._detach: Callable[[], object] = lambda: None
         self._gradients = Gradients(tensors)
         self._holders = Holders(self._gradients, self._gain_parameter)
@@ -77,6 +80,8 @@ class TorchWatcher(Watcher):
         )
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)
+        if self._upcoming % self.settings.stats_every == 0:
+            self._activations.arm()
         self._uses: Uses | None = None
         self._frozen = [place for place, parameter in enumerate(described) if not parameter.trainable]
         self._is_first_row = True
@@ -216,6 +221,15 @@ class TorchWatcher(Watcher):
             self.faults.call("statistics", self._put_updates, step.updates, self._row, default=None)
         self.pending.forget(step.held)
         self._between.stepped(self._row)
+        if self._modules:
+            self.faults.call("activations", self._put_activations, self._row, default=None)
+
+    def _put_activations(self, row: Row) -> None:
+        is_next_sampled = (row.number + 1) % self.settings.stats_every == 0
+        is_last = len(row.stepped) >= len(self._holders)
+        measured = self._activations.turn(is_sampled=row.is_sampled, is_next_sampled=is_next_sampled, is_last=is_last)
+        if measured is not None:
+            row.put(measured, lambda values: row.merge(by_statistic(values, len(self._modules))))
 
     def _put_updates(self, updates: Finish, row: Row) -> None:
         places, measured = updates()
@@ -318,7 +332,7 @@ class TorchWatcher(Watcher):
         if self._row is not None and self._running_closure() is not None:
             # Within a closure the row has its gradients already, and not yet what they are multiplied by.
             self._row.put_coefficient(host_or_copy((max_norm / (total_norm + EPSILON)).clamp(max=1.0)))
-        if max_norm == math.inf and total_norm.device.type == "cpu" and not math.isfinite(float(total_norm)):
+        if max_norm == math.inf and on_host(total_norm) and not math.isfinite(float(total_norm)):
             text = f"clip_grad_norm_(max_norm=inf) at norm {float(total_norm)} turns every gradient into NaN"
             self.monitor.mark(text, self._upcoming)
 
@@ -368,6 +382,7 @@ class TorchWatcher(Watcher):
         self._detach()
         self._between.close()
         self._backward.remove()
+        self._activations.disarm()
         self._undo_all()
         self.faults.call("torch hooks", self._close_open_row, is_last=True, default=None)
         self.pending.clear()
@@ -381,7 +396,7 @@ def _stop(watcher: TorchWatcher | None, words: str) -> None:
 
 def _checked(name: str, value: Any) -> Any:
     """A logged value as a float; a scalar tensor on an accelerator as a copy there."""
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "cpu":
+    if isinstance(value, Tensor) and value.numel() == 1 and not on_host(value):
         return host_or_copy(value)
     return number(name, value)
 
