@@ -2,8 +2,8 @@
 
     python -m benchmarks.detector_cost
 
-One core. Live monitors feed one step at a time, replays a thousand. Medians over repeats of the same stream; the budget is
-150 microseconds a step at 1,000 parameters and 20 milliseconds for a diagnosis.
+One core. Live monitors feed one step at a time, replays a thousand. Medians over repeats of the same stream; the budget
+is 150 microseconds a step at 1,000 parameters and 20 milliseconds for a diagnosis.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parameters(count: int) -> tuple[Parameter, ...]:
 
 
 def stream(count: int, *, sick: bool, seed: int = 0) -> StepBatch:
-    """A healthy run of `STEPS` steps with statistics at every tenth; `sick` lets half the layers explode at its middle."""
+    """A healthy run of `STEPS` steps, statistics at every tenth; if `sick`, half the layers explode at its middle."""
     rng = np.random.default_rng(seed)
     norms = np.exp(rng.normal(0, 0.2, (STEPS, count)))
     if sick:
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
     numbers: dict[str, Any] = {}
-    print(f"{'parameters':>10} {'healthy, 1':>12} {'healthy, 1000':>14} {'sick, 1':>10} {'sick, 1000':>11} {'opening ms':>11}")
+    print("parameters   healthy, 1  healthy, 1000    sick, 1  sick, 1000  opening ms")
     for count in options.parameters:
         well, sick = stream(count, sick=False), stream(count, sick=True)
         row = [cost(batch, size) for batch in (well, sick) for size in (1, 1000)] + [opening(sick)]

@@ -23,9 +23,9 @@ PATIENCE = 2
 class Drift(Remembers):
     """Which layers drift, in one direction.
 
-    A drifting layer leaves the median layer, and moves in that direction outright: not only because the others move away.
-    Early in training layers find their level in straight lines too; so the slope is held against the steepest that this
-    run has usually had up to the window, and while that is not known a drift must last longer.
+    A drifting layer leaves the median layer, and moves in that direction outright: not only because the others move
+    away. Early in training layers find their level in straight lines too; so the slope is held against the steepest
+    that this run has usually had up to the window, and while that is not known a drift must last longer.
 
     Attributes:
         active: bool array of shape (l,).

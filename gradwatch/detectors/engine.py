@@ -110,7 +110,7 @@ class Engine:
             if i not in self._off:
                 try:
                     found += detector.update(batch)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 -- a detector of the user's may raise anything
                     self._fail(i, error, on_error)
         for finding in found:
             if finding.is_open:
@@ -192,7 +192,7 @@ class Engine:
         for i, rule in rules:
             try:
                 rule.step(now)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- a broken rule must not take the others along
                 self._fail(i, error, on_error)
                 broken.append(i)
         return [item for item in rules if item[0] not in broken] if broken else rules
@@ -210,7 +210,7 @@ class Engine:
         return told
 
     def _diagnosed(self, finding: Finding) -> Finding:
-        """The finding with its cause: that of its opening, when most is known of what led to it, until it gets graver."""
+        """The finding with the cause of its opening, when most is known of what led to it, until it gets graver."""
         known = self._causes.get(finding.id)
         if known is not None and known["severity"] == finding.severity:
             return dataclasses.replace(

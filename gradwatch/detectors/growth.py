@@ -24,20 +24,26 @@ class Exploding(Rule):
     """Gradients leave the range that the run had so far, upwards, and stay there; or one layer grows exponentially.
 
     Signs, each on log norms:
-    - *level*: the global norm is `ratio` times above the highest its robust baseline has been, `patience` steps in a row.
-      The baseline is a clipped running mean over 50 steps, so it follows warm-up and decay and hardly notices a spike.
-    - *drift*: a layer's slope against the median layer over 48 steps is at least `growth` a step, straight (t >= `certainty`,
-      both halves contribute) and adds up to `rise` nats.
+
+    - *level* (critical): the global norm is `ratio` times above the highest that its robust baseline has been,
+      `patience` steps in a row. The baseline is a clipped running mean over 50 steps (Huber's psi at 3 mean
+      deviations): it follows warm-up and decay and hardly notices a spike.
+    - *drift* (warning): a layer's slope against the median layer over 48 steps is `growth` a step or more, adds up to
+      `rise` nats, is `certainty` standard errors from zero, comes from both halves of the window, and is twice as steep
+      as slopes have usually been in this run. Growth of 3 % a step is found after about 50 steps; rules that hold a
+      norm against k times its running mean (weight a) see nothing below 1 + (k - 1) a per step.
 
     Args:
-        ratio: Sustained factor above the run's own range. Megatron-LM's check for large gradients takes 10 times the maximum
-            of 100 steps for one step; a factor held for several steps can be as strict without its false alarms.
+        ratio: Sustained factor above the run's own range. Megatron-LM's check for large gradients takes ten times the
+            largest of 100 steps at a single step; held for `patience` steps the factor keeps outliers out.
         patience: Steps in a row.
         growth: Nats per step.
-        rise: Nats over the window.
-        certainty: Slope over its standard error.
+        rise: Nats over the window: a threefold change.
+        certainty: Slope over its standard error; early training reaches 5 by chance, measured on healthy runs.
+        calm: Steps without a sign until the finding resolves.
 
-    False alarms: a change of data or loss that multiplies the gradients lastingly is reported, and rightly so.
+    False alarms: a change of data or loss that multiplies the gradients for good is reported, and rightly so. In the
+    first hundred steps layers find their level; a drift there must last 24 steps longer before it is reported.
     """
 
     ratio: float = threshold(10.0, above=1.0)
@@ -112,15 +118,19 @@ class Exploding(Rule):
 class Spike(Rule):
     """A gradient far above anything the run had before, for a step or two.
 
-    Info from `ratio` times the baseline; a warning when it is also unprecedented: `alarm_ratio` times the baseline, above the
-    highest that the baseline has been, and three times larger than any earlier rise that was not itself such a spike.
-    So heavy-tailed data, whose outliers have precedents, stay quiet.
+    Info from `ratio` times the baseline on; a warning when it is also unprecedented: `alarm_ratio` times the baseline,
+    `ratio` times the highest that the baseline has been, and three times any earlier rise that was not itself such a
+    spike. So heavy-tailed data, whose outliers have precedents, stay quiet (a z-score on the norm does not: ZClip's 2.5
+    fires in 87 % of healthy runs, OLMo's 6 in 62 %).
 
     Args:
         ratio: Factor over the baseline.
         alarm_ratio: Factor for a warning.
         spreads: And this many mean absolute deviations of the log norm.
         warmup: Steps before the rule speaks.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: a very late first outlier of a distribution with infinite variance.
     """
 
     ratio: float = threshold(20.0, above=1.0)

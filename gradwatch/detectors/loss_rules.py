@@ -16,7 +16,30 @@ from gradwatch.records import Finding, Severity
 
 @dataclass(kw_only=True, eq=False)
 class Divergence(Rule):
-    """The loss rises far above where it began and stays there, or rises in a straight line together with the gradient."""
+    """The loss leaves where it began, upwards, or climbs from its best and stays there.
+
+    Signs:
+
+    - *level*: above `ratio` times the first loss, and ten times its usual change, `patience` steps in a row (warning),
+      or above `blow_up` times at once (critical).
+    - *relapse*: its mean is `relapse` of the first loss above its best, beyond twice the noise, and not falling, for
+      `relapse_patience` steps (warning); critical when it is `blow_up` times the first.
+    - *growth* (warning): sixteen losses on a line (t >= `certainty`) that rises by 15 % of the first loss, and the
+      gradient norm rises with them.
+
+    The first loss is the lower median of five, so the scale of a loss does not matter and a negative one will do.
+
+    Args:
+        ratio: Factor over the first loss. (Others take 1.5 to 2 over a minimum or a mean, which noise reaches.)
+        blow_up: Factor for a critical verdict, the usual definition of a failed run.
+        patience: Steps in a row above `ratio`.
+        relapse: Share of the first loss above the best.
+        relapse_patience: Steps for which that holds. A new curriculum leaps and then falls; this does not fall.
+        certainty: Slope over its standard error.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: a loss whose definition changes in mid-run.
+    """
 
     ratio: float = threshold(3.0, above=1.0)
     blow_up: float = threshold(10.0, above=1.0)
@@ -85,7 +108,20 @@ class Divergence(Rule):
 
 @dataclass(kw_only=True, eq=False)
 class Plateau(Rule):
-    """The loss has not improved for many steps."""
+    """The loss has not improved for many steps.
+
+    A warning when it never has: less than `learnt` of the first loss was lost in `patience` steps, and the mean loss
+    stays within its noise. Info when it has learnt before and then stopped: that is how training ends. Patience is long
+    because healthy networks stand on plateaus of hundreds of steps at their start. (SageMaker's LossNotDecreasing: 10
+    steps.)
+
+    Args:
+        patience: Steps.
+        learnt: Share of the first loss.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: players of a game (GANs) whose losses hold each other still within their noise.
+    """
 
     patience: int = threshold(500, least=10)
     learnt: float = threshold(0.03, above=0.0, most=1.0)
@@ -120,7 +156,20 @@ class Plateau(Rule):
 
 @dataclass(kw_only=True, eq=False)
 class Oscillation(Rule):
-    """The loss jumps up and down from step to step without falling."""
+    """The loss jumps up and down from step to step.
+
+    Its deviations from the running mean have a correlation below -`alternation` with those one step before, and above
+    it with those two steps before: the period of two that gradient descent has at the edge of stability, learning rate
+    times sharpness > 2 (Cohen 2021). Info; a warning when the jumps grow by `growth` and the loss does not fall.
+
+    Args:
+        alternation: Correlation, 0 to 1. Noise has none at lag two.
+        growth: Factor by which the jumps grew since they began.
+        patience: Steps in a row.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: batches that alternate between two sources; their jumps do not grow.
+    """
 
     alternation: float = threshold(0.5, above=0.0, most=1.0)
     growth: float = threshold(2.0, above=1.0)

@@ -20,7 +20,8 @@ class LossCourse(Remembers):
         fast, slow: Means over about 10 and 50 steps.
         best, worst: The least and the greatest `fast` so far; the best was reached at `best_step`.
         noise: Running mean of the change from step to step.
-        lag1, lag2, power: Running products of the deviation from `fast` with itself one step, two steps and none before.
+        lag1, lag2, power: Running products of the deviation from `fast` with itself one step, two steps and none
+            before.
     """
 
     seen = Kept(0)

@@ -29,7 +29,7 @@ class NonFinite(Rule):
     Args:
         scaler_patience: Consecutive steps skipped by a `GradScaler` before it is a warning. It starts at 2^16 and
             halves at each skip (PyTorch's default), so 25 skips mean that no scale will do.
-        calm: Finite steps until the finding resolves.
+        calm: Steps without a sign until the finding resolves.
 
     False alarms: none known.
     """

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
-from gradwatch.detectors.memory import Kept, PerLayer
+from gradwatch.detectors.memory import FloatArray, Kept, PerLayer
 from gradwatch.detectors.rule import Rule, threshold
 from gradwatch.detectors.signals import Signals
 from gradwatch.records import NOT_MEASURED, Finding, Severity
@@ -20,7 +20,19 @@ HALF = ("float16", "half")
 
 @dataclass(kw_only=True, eq=False)
 class Underflow(Rule):
-    """A large share of a half-precision layer's gradient entries is exactly zero."""
+    """A large share of a float16 layer's gradient entries is exactly zero.
+
+    Numbers below 6e-8 are zero in float16. From the sampled share of zeros; info above `share`, a warning above
+    `alarm_share`. bfloat16 has the range of float32 and does not underflow; its lost updates are `Stall`'s.
+
+    Args:
+        share: Share of zero entries in a layer.
+        alarm_share: Share for a warning.
+        samples: Samples in a row.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: embeddings in float16, most of whose rows have no gradient in a step; ReLU layers that die.
+    """
 
     share: float = threshold(0.3, above=0.0, most=1.0)
     alarm_share: float = threshold(0.5, above=0.0, most=1.0)
@@ -61,7 +73,7 @@ class Underflow(Rule):
             scores=self.shares, since=self.since, facts=lambda: {"layers": int(layers.sum())},
         )  # fmt: skip
 
-    def _sample(self, now: Signals, values: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _sample(self, now: Signals, values: FloatArray) -> None:
         places, n = self.context.layers.of_parameter, len(self.context.layers)
         sizes = np.where(values == NOT_MEASURED, 0.0, self._size)
         zeros = np.bincount(places, np.where(sizes > 0, values, 0.0) * sizes, n)

@@ -15,7 +15,7 @@ EVERY = 5
 
 
 class DepthProfile(Remembers):
-    """A straight line through the layers' log norms against their place in depth, and how far each is below a deeper one.
+    """A straight line through the log norms over the layers' places in depth, and how far each is below a deeper one.
 
     Attributes:
         height: Running mean of the log norms over about five steps, shape (l,).
@@ -74,4 +74,4 @@ class DepthProfile(Remembers):
 
 
 def _centred(n: int) -> FloatArray:
-    return np.arange(n) - (n - 1) / 2
+    return np.arange(n, dtype=np.float64) - (n - 1) / 2

@@ -29,8 +29,8 @@ SETTLED = 5
 class Signals(Remembers):
     """The state of a run after each step, for the rules to look at.
 
-    Baselines (`level`, `spread`, `total_level`, `total_spread`, `peak`) know the steps before this one; all else knows this
-    one too. Norms of a step that a `GradScaler` skipped are passed over.
+    Baselines (`level`, `spread`, `total_level`, `total_spread`, `peak`) know the steps before this one; all else knows
+    this one too. Norms of a step that a `GradScaler` skipped are passed over.
 
     Attributes:
         index: Steps seen before this one.

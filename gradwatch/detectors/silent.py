@@ -20,11 +20,17 @@ from gradwatch.records import NOT_MEASURED, Finding, Severity
 class Dead(Rule):
     """A layer's gradient is exactly zero for many steps: nothing it does reaches the loss.
 
+    A warning; critical when every layer is at zero, for then nothing learns. A loss that has reached its floor (a
+    hinge, a margin) has zero gradients too: info when the loss is known and small.
+
     Args:
         patience: Steps of zero gradient in a row.
-        all_patience: The same when every layer is at zero: then nothing learns.
+        all_patience: The same when every layer is at zero and the loss is known. Zero-initialised last layers are at
+            zero for one step.
+        calm: Steps without a sign until the finding resolves.
 
-    False alarms: layers used in some batches only, when unused for `patience` steps.
+    False alarms: layers used in some batches only, when unused for `patience` steps; without a logged loss, a hinge
+    loss that has reached zero.
     """
 
     patience: int = threshold(15, least=1)
@@ -46,13 +52,14 @@ class Dead(Rule):
         self.counting = True
         self.count = np.where(now.zero, self.count + 1, np.where(now.absent, self.count, 0))
         everything = bool((now.zero | now.absent).all()) and bool(now.zero.any())
-        layers = self.count >= (self.all_patience if everything else self.patience)
+        soon = everything and now.course.known
+        layers = self.count >= (self.all_patience if soon else self.patience)
         if not layers.any():
             return None
         longest = int(self.count.max())
-        severity: Severity = "critical" if everything else "warning"
+        severity: Severity = "critical" if everything and (now.course.known or longest > now.index) else "warning"
         if everything and (now.course.fallen > 0.9 or abs(now.loss) <= 0.05 * abs(now.course.start)):
-            severity = "info"
+            severity = "info"  # a loss with a floor, such as a hinge, that was reached
         return Sign(
             severity=severity, badness=math.log(longest), value=float(longest), threshold=float(self.patience),
             layers=layers, scores=self.count.astype(float), since=now.step - longest + 1,
@@ -76,10 +83,14 @@ class Dead(Rule):
 class Unused(Rule):
     """A trainable parameter never got a gradient: usually a layer that `forward` forgets, or a stray `.detach()`.
 
+    A warning; info when the model is conditional (some parameters have a gradient at some steps only: experts,
+    alternating optimizers). Frozen parameters do not count.
+
     Args:
         patience: Steps without any gradient from the start, while others have one.
+        calm: Steps without a sign until the finding resolves.
 
-    False alarms: layers that come into play late (a second phase of training); rarely used experts.
+    False alarms: layers that come into play in a later phase of training and were not frozen until then.
     """
 
     patience: int = threshold(30, least=2)

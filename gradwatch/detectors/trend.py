@@ -27,8 +27,8 @@ _SLOPE, _SPREAD = _regression()
 class Trend(Remembers):
     """Slopes of the layers' log norms over the last 48 steps, from means of four steps, renewed every fourth.
 
-    What all layers do together (learning-rate schedules, convergence, a new curriculum) is subtracted as the median over
-    the layers, where there are three or more.
+    What all layers do together (learning-rate schedules, convergence, a new curriculum) is subtracted as the median
+    over the layers, where there are three or more.
 
     Attributes:
         slope: Nats per step, shape (l,); NaN until a window is full.

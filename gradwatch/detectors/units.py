@@ -35,11 +35,11 @@ class ShareOfUnits(Rule):
         worst = max((s for name, s in self.shares.items() if self.counts.get(name, 0) >= self.samples), default=0.0)
         if worst <= self.limit:
             return None
-        learnt = now.course.fallen > self.learnt
+        learnt = now.course.fallen > self.learnt or (not now.course.known and self.since > 30)
         severity: Severity = "warning" if worst >= self.alarm_limit and not learnt else "info"
         return Sign(
             severity=severity, badness=worst * 10, value=worst, threshold=self.limit, since=self.since,
-            facts=lambda: self._facts(),
+            facts=self._facts,
         )  # fmt: skip
 
     def _sample(self, now: Signals, values: Any) -> None:
@@ -66,7 +66,20 @@ class ShareOfUnits(Rule):
 
 @dataclass(kw_only=True, eq=False)
 class Saturation(ShareOfUnits):
-    """Most outputs of a sigmoid, tanh or the like sit at their bounds, where the slope is nothing."""
+    """Most outputs of a sigmoid, tanh or the like sit at their bounds, where the slope is nothing.
+
+    From sampled forward hooks, when they are on. Info above `limit` of the outputs; a warning above `alarm_limit` while
+    nothing was learnt. (SageMaker: tanh inputs outside ±9.5, half of a layer; TheDeepChecker: 0.85.)
+
+    Args:
+        limit: Share of a module's outputs.
+        alarm_limit: Share for a warning.
+        samples: Samples in a row.
+        learnt: Share of the first loss whose loss is proof of learning.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: gates and outputs of confident classifiers saturate in health; hence the gate on the loss.
+    """
 
     rule: ClassVar[str] = "saturation"
     rules: ClassVar[tuple[str, ...]] = ("saturation",)
@@ -79,7 +92,20 @@ class Saturation(ShareOfUnits):
 
 @dataclass(kw_only=True, eq=False)
 class DyingReLU(ShareOfUnits):
-    """Most units of a ReLU layer are zero for every sample of the batch."""
+    """Most units of a ReLU layer are zero for every sample of the batch.
+
+    From sampled forward hooks, when they are on. Info above `limit` of the units (SageMaker's DeadRelu: 50 %); a
+    warning above `alarm_limit` while nothing was learnt. Without hooks `Dead` sees whole layers die.
+
+    Args:
+        limit: Share of a module's units.
+        alarm_limit: Share for a warning.
+        samples: Samples in a row.
+        learnt: Share of the first loss whose loss is proof of learning.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: in batches of one sample half of all units are zero in health; that is info at most.
+    """
 
     rule: ClassVar[str] = "dying_relu"
     rules: ClassVar[tuple[str, ...]] = ("dying_relu",)

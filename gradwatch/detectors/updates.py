@@ -19,7 +19,28 @@ from gradwatch.records import Finding
 
 @dataclass(kw_only=True, eq=False)
 class UpdateRatio(Rule):
-    """Steps change the weights by too large a share, or will soon if the learning rate goes on rising as it does."""
+    """Steps change the weights by too large a share, or will soon if the learning rate goes on rising as it does.
+
+    The ratio is ‖Δw‖/‖w‖ over matrices, as sampled. Signs, all warnings:
+
+    - *jump*: one update changed a layer by `jump_ratio`, in a network of several layers. Healthy ones stayed below
+      0.25.
+    - *now*: above `high` in two samples and the loss does not fall.
+    - *soon*: the learning rate is higher than it ever was and rising, and the last three samples, continued for
+      `horizon` steps on a line (on an exponential if their growth does not slow down), pass `high`.
+    - *risky*: the same with two samples above `risky` and a loss that does not fall.
+
+    Karpathy's rule of thumb is 1e-3; TheDeepChecker alarms above 0.1, which alone fires in 27 % of healthy runs.
+
+    Args:
+        high: Too large a ratio.
+        jump_ratio: Of a single layer at a single step.
+        risky: While the learning rate is on new ground.
+        horizon: Steps to look ahead.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: linear models that begin at zero, for their first steps.
+    """
 
     high: float = threshold(0.1, above=0.0)
     jump_ratio: float = threshold(0.5, above=0.0)
@@ -91,7 +112,7 @@ class UpdateRatio(Rule):
 
 
 def _extrapolated(first: float, second: float, third: float, samples: float) -> float:
-    """Where three samples lead: on a line, or on an exponential when the growth does not slow down; NaN unless they grow."""
+    """Where three growing samples lead: on a line, or on an exponential unless growth slows down; else NaN."""
     if not 0 < first < second < third:
         return math.nan
     early, late = math.log(second / first), math.log(third / second)
@@ -102,7 +123,22 @@ def _extrapolated(first: float, second: float, third: float, samples: float) -> 
 
 @dataclass(kw_only=True, eq=False)
 class Stall(Rule):
-    """Weights hardly move although there is a gradient and nothing was learnt."""
+    """Weights hardly move although there is a gradient and nothing was learnt.
+
+    A warning when in `samples` samples running a layer's update ratio is below `layer_low`, or all layers' is below
+    `low`, or half-precision weights move less than their resolution allows (`coarse`; bfloat16 rounds changes below 0.4
+    % away unless they add up first). Not while the learning rate rises (warm-up) or is zero, nor once the loss has
+    fallen by half. Counterpart of SageMaker's UnchangedTensor and of the small side of its WeightUpdateRatio (1e-8).
+
+    Args:
+        low: Ratio over all layers.
+        layer_low: Ratio of a layer.
+        coarse: Ratio of layers in bfloat16 or float16.
+        samples: Samples in a row.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: without a logged loss, none is raised after the start, for a converged model stalls too.
+    """
 
     low: float = threshold(1e-6, above=0.0)
     layer_low: float = threshold(1e-8, above=0.0)
@@ -140,7 +176,8 @@ class Stall(Rule):
             return None
         ratio = float(np.nanmin(np.where(layers, pace.ratio, math.nan)))
         return Sign(
-            severity="warning", badness=-math.log(max(ratio, 1e-30)), value=ratio, threshold=self.low,
+            severity="warning" if now.course.known or self.since <= 30 else "info",
+            badness=-math.log(max(ratio, 1e-30)), value=ratio, threshold=self.low,
             layers=layers, scores=-np.nan_to_num(pace.ratio), since=self.since,
             facts=lambda: {
                 "lr": pace.rate if pace.rate > 0 else None, "everywhere": bool(layers.all()),

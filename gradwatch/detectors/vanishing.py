@@ -21,7 +21,36 @@ from gradwatch.records import Finding, Severity
 
 @dataclass(kw_only=True, eq=False)
 class Vanishing(Rule):
-    """Layers near the input get almost no gradient; or the whole network stops getting one before it has learnt."""
+    """Layers near the input get almost no gradient; or the whole network stops getting one before it has learnt.
+
+    Signs:
+
+    - *depth* (warning; critical when nothing was learnt after 50 steps): smoothed norms of layers are below `ratio`
+      times the largest norm of the layers after them, in order of execution, for `patience` steps (3 when below
+      `extreme`), and not recovering. AUTOTRAINER takes 1e-3 for the first layer over the last; healthy deep networks
+      pass through that in their first steps, none went below 1e-4.
+    - *collapse* (warning): the global norm fell below `collapse` times its usual size while the loss has hardly fallen,
+      or is stuck above half of where it began although it differs between batches.
+    - *drift* (warning): as in `Exploding`, downwards.
+
+    A network that converges is not vanishing: once the loss has fallen by `learnt` of its first value, depth is no
+    sign, and a fall that all layers share is none ever. Frozen and unused layers have no gradient and are passed over;
+    exact zeros belong to `Dead`. Scaling all gradients changes nothing.
+
+    Args:
+        ratio: Norm over the largest norm of later layers.
+        extreme: The same, for a verdict after three steps.
+        patience: Steps in a row.
+        collapse: Global norm over its highest baseline.
+        decay: Nats per step of a drift.
+        rise: Nats over the 48 steps of the window.
+        certainty: Slope over its standard error.
+        learnt: Share of the first loss whose loss is proof of learning.
+        calm: Steps without a sign until the finding resolves.
+
+    False alarms: without a logged loss, networks that escape a vanishing start by themselves (Adam lifts some small
+    initialisations in hundreds of steps); two subnetworks of very different scale that follow each other in depth.
+    """
 
     ratio: float = threshold(1e-4, above=0.0, most=1.0)
     extreme: float = threshold(1e-7, above=0.0, most=1.0)
@@ -100,7 +129,8 @@ class Vanishing(Rule):
             value=math.exp(-down),
             threshold=self.collapse,
             since=now.step - self.down_count + 1,
-            facts=lambda: {"sign": "collapse", "norm": wording.exp(now.total_level), "usual_norm": wording.exp(now.peak),
+            facts=lambda: {"sign": "collapse", "norm": wording.exp(now.total_level), "usual_norm":
+            wording.exp(now.peak),
                            "loss_fallen": course.fallen},
         )  # fmt: skip
 
@@ -108,11 +138,12 @@ class Vanishing(Rule):
         trend, drift = now.trend, self.drift
         if trend.fresh:
             drift.follow(trend, growth=-self.decay, rise=self.rise, certainty=self.certainty)
-        if not drift.any or (len(drift.active) < LEAST_LAYERS and now.course.fallen > self.learnt):
+        alone = len(drift.active) < LEAST_LAYERS
+        if not drift.any or (alone and now.course.fallen > self.learnt):
             return None
         slope = float(np.fmin.reduce(np.where(drift.active, trend.slope, math.inf)))
         return Sign(
-            severity="warning",
+            severity="info" if alone and not now.course.known else "warning",
             badness=-slope * WINDOW,
             value=math.expm1(slope),
             threshold=math.expm1(-self.decay),

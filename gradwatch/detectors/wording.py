@@ -30,6 +30,6 @@ def drift(verb: str, place: str, finding: Finding) -> str:
     change = "twice as large" if verb == "grow" else "halved"
     size = f"{factor:.3g} times" if factor >= 1 else f"to 1/{1 / factor:.3g}"
     return (
-        f"Gradients{place} {verb} {abs(finding.value):.1%} a step against the other layers since step {finding.first_step} "
-        f"({size} in {steps} steps): {change} every {times:.0f} steps."
+        f"Gradients{place} {verb} {abs(finding.value):.1%} a step against the other layers "
+        f"since step {finding.first_step} ({size} in {steps} steps): {change} every {times:.0f} steps."
     )

@@ -1,6 +1,7 @@
 """The cause behind a finding and what to do about it, from a documented decision table.
 
-`symptoms` says what is looked at, `table` which symptoms mean which cause, `causes` how each cause is worded and treated.
+`symptoms` says what is looked at, `table` which symptoms mean which cause, `causes` how each cause is worded and
+treated.
 """
 
 from gradwatch.diagnosis.causes import CAUSES, Cause

@@ -1,4 +1,4 @@
-"""Causes of sick gradients: how each is worded, and its remedies in the terms of the user's framework, the best first."""
+"""Causes of sick gradients: how each is worded, and its remedies in the terms of the framework, the best first."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Cause:
 
     Args:
         words: What is wrong; may hold the fields of `gradwatch.diagnosis.phrases`.
-        advice: What to do, the best first; the same fields, and words of the framework. A line is left out when a field in
-            it is not known.
+        advice: What to do, the best first; the same fields, and words of the framework. A line is left out when a field
+            in it is not known.
     """
 
     words: str
@@ -38,8 +38,12 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "gradients_not_cleared": Cause(
-        "gradients are never cleared: each is added to all before it, so the norm grows and hardly differs between batches",
-        ("{zero}", "if you accumulate on purpose: clear after every update, and divide the loss by the number of batches"),
+        "gradients are never cleared: each is added to all before it, so the norm grows and "
+        "hardly differs between batches",
+        (
+            "{zero}",
+            "if you accumulate on purpose: clear after every update, and divide the loss by the number of batches",
+        ),
     ),
     "weight_decay": Cause(
         "weight decay rules the weights: every layer is scaled by the same factor at each step",
@@ -188,7 +192,8 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "plateau": Cause(
-        "nothing in the gradients explains it: the model may have reached what it can learn, or the labels hold no signal",
+        "nothing in the gradients explains it: the model may have reached what it can learn, or the labels hold no "
+        "signal",
         (
             "lower or raise the learning rate threefold",
             "check that labels and inputs belong together",

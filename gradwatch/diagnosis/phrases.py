@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 
@@ -114,7 +115,7 @@ def _steps(symptoms: Symptoms) -> dict[str, str]:
     fields = {"steps": str(steps[-1]), "steps_of": f"step {steps[-1]}"}
     if len(steps) > 1:
         fields["steps_of"] = "steps " + ", ".join(map(str, steps[-4:]))
-        gaps = {late - early for early, late in zip(steps, steps[1:], strict=False)}
+        gaps = {late - early for early, late in itertools.pairwise(steps)}
         if len(steps) > 2 and max(gaps) - min(gaps) <= 1:
             fields["recurrence"] = f"it recurs every {max(gaps)} steps: look for one damaged batch in each epoch"
     return fields

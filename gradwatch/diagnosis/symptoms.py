@@ -207,7 +207,7 @@ class Symptoms:
 
     @property
     def gradients_pile_up(self) -> bool:
-        """The norm has grown, and changes far less from step to step than the loss: each gradient holds those before."""
+        """The norm has grown, and changes far less from step to step than the loss: gradients are summed."""
         return self.usual_norm > 10 * self.first_norm and self.norm_change < 0.2 * self.loss_change
 
     @property

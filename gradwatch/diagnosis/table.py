@@ -69,7 +69,12 @@ TABLE: tuple[Row, ...] = (
     Row("data_scale", BLOW_UP, ("large_first_gradient", "huge_first_loss"), why="targets far from the outputs"),
     Row("attention_logits", BLOW_UP, ("attention_first", "few_layers_jumped"), why="a one-hot softmax"),
     Row("init_large", BLOW_UP, ("at_start", "grows_with_depth"), why="each layer enlarges it"),
-    Row("drift", ("exploding", "vanishing"), ("drifted", "not diverges"), why="one layer leaves the course of the others"),
+    Row(
+        "drift",
+        ("exploding", "vanishing"),
+        ("drifted", "not diverges"),
+        why="one layer leaves the course of the others",
+    ),
     Row("learning_rate", (*BLOW_UP, "oscillation"), ("jumped",), why="steps of the size of the weights"),
     Row("learning_rate", BLOW_UP, (), why="nothing else explains it"),
     # Gradients that are too small or absent.

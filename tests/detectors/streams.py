@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine
 from gradwatch.records import Finding, Parameter, Samples, StepBatch
 
+Array = npt.NDArray[Any]
 
-def chain(layers: int, *, activation: str = "ReLU", kind: str = "Linear", dtype: str = "float32") -> tuple[Parameter, ...]:
+
+def chain(
+    layers: int, *, activation: str = "ReLU", kind: str = "Linear", dtype: str = "float32"
+) -> tuple[Parameter, ...]:
     """One weight matrix a layer, in order of depth."""
     return tuple(
         Parameter(f"layer{i}.weight", shape=(16, 16), depth=i, activation=activation, kind=kind, dtype=dtype)
@@ -19,14 +25,15 @@ def chain(layers: int, *, activation: str = "ReLU", kind: str = "Linear", dtype:
     )
 
 
-def noisy(steps: int, layers: int, *, seed: int = 0, level: float = 1.0, spread: float = 0.2) -> np.ndarray:
+def noisy(steps: int, layers: int, *, seed: int = 0, level: float = 1.0, spread: float = 0.2) -> Array:
     """Log-normal norms around `level`, shape (steps, layers); half of the noise is shared by all layers of a step."""
     rng = np.random.default_rng(seed)
     shared, own = rng.normal(0, spread, (steps, 1)), rng.normal(0, spread, (steps, layers))
-    return level * np.exp((shared + own) / np.sqrt(2))
+    norms: Array = level * np.exp((shared + own) / np.sqrt(2))
+    return norms
 
 
-def falling(steps: int, *, seed: int = 0, start: float = 2.0, end: float = 0.3) -> np.ndarray:
+def falling(steps: int, *, seed: int = 0, start: float = 2.0, end: float = 0.3) -> Array:
     """A loss that falls from `start` to `end` with some noise, shape (steps,)."""
     rng = np.random.default_rng(seed)
     course = end + (start - end) * np.exp(-np.arange(steps) / (steps / 4))
@@ -34,15 +41,15 @@ def falling(steps: int, *, seed: int = 0, start: float = 2.0, end: float = 0.3) 
 
 
 def batch(
-    norms: np.ndarray,
+    norms: Array,
     *,
     parameters: Sequence[Parameter] | None = None,
     every: int = 10,
-    statistics: Mapping[str, np.ndarray] | None = None,
+    statistics: Mapping[str, Array] | None = None,
     modules: Sequence[str] = (),
-    skip_reason: np.ndarray | None = None,
+    skip_reason: Array | None = None,
     first: int = 0,
-    **metrics: np.ndarray,
+    **metrics: Array,
 ) -> StepBatch:
     """Steps with these norms; `statistics` have a row for every `every` steps."""
     steps = len(norms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
@@ -57,7 +58,7 @@ def findings(steps: StepBatch, cuts: list[int], detectors: Any = "default") -> l
     engine = Engine(detectors, RunContext(steps.parameters))
     places = sorted({0, len(steps), *(cut for cut in cuts if cut < len(steps))})
     told: list[Finding] = []
-    for start, stop in zip(places, places[1:], strict=False):
+    for start, stop in itertools.pairwise(places):
         told += engine.update(steps[start:stop])
     return [finding.to_json() for finding in [*told, *engine.open_findings]]
 
@@ -86,7 +87,7 @@ def test_documentation_names_every_threshold(rule: str) -> None:
 def test_a_nonsense_threshold_is_refused_by_name(rule: str, value: object) -> None:
     name = dataclasses.fields(CATALOGUE[rule])[0].name
     with pytest.raises(ConfigurationError, match=f"'{name}' must be"):
-        CATALOGUE[rule](**{name: value})
+        CATALOGUE[rule](**{name: value})  # type: ignore[arg-type]
 
 
 @settings(max_examples=25, deadline=None)
