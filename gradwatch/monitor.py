@@ -14,6 +14,7 @@ from gradwatch.records import ActionRecord, Finding, RunInfo, StepBatch
 from gradwatch.writer import RunWriter
 
 Note = Callable[[str, Mapping[str, Any]], None]
+_NO_FINDINGS: list[Finding] = []
 
 
 class Listener(Protocol):
@@ -22,11 +23,25 @@ class Listener(Protocol):
     `open` comes before the first step. Its `note` adds an event to the record, from any thread.
     """
 
-    def open(self, info: RunInfo, run_dir: Path, *, first_step: int, note: Note) -> None: ...
-    def steps(self, batch: StepBatch) -> None: ...
-    def finding(self, finding: Finding) -> None: ...
-    def action(self, record: ActionRecord) -> None: ...
-    def close(self, status: str, detail: str) -> None: ...
+    def open(self, info: RunInfo, run_dir: Path, *, first_step: int, note: Note) -> None:
+        """A run begins."""
+        ...
+
+    def steps(self, batch: StepBatch) -> None:
+        """Steps have ended."""
+        ...
+
+    def finding(self, finding: Finding) -> None:
+        """A finding opened, changed or resolved."""
+        ...
+
+    def action(self, record: ActionRecord) -> None:
+        """An action was applied, or its outcome is known."""
+        ...
+
+    def close(self, status: str, detail: str) -> None:
+        """The run ends."""
+        ...
 
 
 class Monitor:
@@ -62,7 +77,7 @@ class Monitor:
         """Record the batch, look for findings, tell about them, and say what is due before the next step."""
         if self.writer:
             self.faults.call("writer", self.writer.write, batch, default=None)
-        findings = self.faults.call("detectors", self._detect, batch, default=[])
+        findings = self.faults.call("detectors", self._detect, batch, default=_NO_FINDINGS)
         for finding in findings:
             self.report(finding)
         self._tell("steps", batch)
@@ -102,7 +117,7 @@ class Monitor:
 
     def close(self, status: str, detail: str, overhead: dict[str, Any]) -> None:
         """Close every stage; the writer last. Findings still open are noted once more, with their last step."""
-        for finding in self.faults.call("detectors", lambda: self.engine.open_findings, default=[]):
+        for finding in self.faults.call("detectors", lambda: self.engine.open_findings, default=_NO_FINDINGS):
             if self.findings.get(finding.id) != finding:
                 self.report(finding)
         for listener in self.listeners:

@@ -21,8 +21,8 @@ class Settings:
     Args:
         run_dir: Directory of the record; None makes `runs/DATE-TIME-PID` in the working directory.
         detectors: "default", or a list of rule names, detectors, and functions of a step batch.
-        actions: Remedies, as a list, a `Ladder`, or the name of a preset: `protect`, `repair`, `rebuild`; none by default:
-            watching alone changes nothing.
+        actions: Remedies, as a list, a `Ladder`, or the name of a preset: `protect`, `repair`, `rebuild`; none by
+            default: watching alone changes nothing.
         alerts: Channels that tell people: those of `gradwatch.alerts`, functions that take a message, or words that
             `gradwatch.alerts.channel_named` knows.
         sinks: Where numbers are mirrored live: those of `gradwatch.sinks`.

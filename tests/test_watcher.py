@@ -12,9 +12,9 @@ from gradwatch.actions import DecayLR
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine, replay
 from gradwatch.errors import ConfigurationError, RunExistsError, RunLockedError, WatcherClosedError
+from gradwatch.provenance import default_run_dir
 from gradwatch.reader import RunReader
 from gradwatch.records import NOT_MEASURED, Parameter
-from gradwatch.provenance import default_run_dir
 from gradwatch.watcher import Watcher, global_norm
 
 PARAMETERS = (Parameter("conv.weight", depth=0), Parameter("fc.weight", depth=1), Parameter("fc.bias", depth=1))

@@ -1,1 +1,1 @@
-
+"""Measure and apply, per framework."""
