@@ -28,8 +28,13 @@ class Sender(Protocol):
     routing: Routing
 
     @property
-    def secrets(self) -> tuple[str, ...]: ...
-    def send(self, message: Message) -> None: ...
+    def secrets(self) -> tuple[str, ...]:
+        """What must never be seen."""
+        ...
+
+    def send(self, message: Message) -> None:
+        """Deliver, or raise."""
+        ...
 
 
 class Courier:

@@ -88,7 +88,7 @@ def alert_test(channels: Iterable[Channel]) -> list[Outcome]:
         One outcome for each, in their order.
 
     Examples:
-        >>> alert_test([Call(print), Call(lambda message: 1 / 0)])[1].error
+        >>> alert_test([Call(lambda message: None), Call(lambda message: 1 / 0)])[1].error
         'ZeroDivisionError: division by zero'
     """
     message = test_message(socket.gethostname(), os.getpid())

@@ -104,7 +104,7 @@ def signature(secret: str, timestamp: str, body: bytes) -> str:
 
     Examples:
         >>> signature("s3cret", "1700000000", b"{}")[:20]
-        'sha256=43e9ce5ae9bb5'
+        'sha256=97926816e98fb'
     """
     return "sha256=" + hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256).hexdigest()
 

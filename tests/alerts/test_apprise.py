@@ -28,14 +28,6 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(courier, "LAST_RETRY", 0.1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def apprises_own_pool() -> None:
-    """Apprise keeps one pool of threads for the life of the process; it starts here, before the tests."""
-    from apprise.apprise import get_shared_executor
-
-    get_shared_executor().submit(int).result()
-
-
 class Mailbox:
     """A mail server on loopback, and what it got."""
 
