@@ -11,7 +11,7 @@ from gradwatch.errors import ConfigurationError
 from gradwatch.reader import RunReader
 
 if TYPE_CHECKING:
-    from gradwatch.reporters.comparison import Comparison
+    from gradwatch.reporters.compared import Comparison
     from gradwatch.reporters.live import Live
     from gradwatch.reporters.plots import Plots
     from gradwatch.reporters.summary import Summary
@@ -80,9 +80,7 @@ class Run(RunReader):
         )
 
     def _repr_html_(self) -> str:
-        from gradwatch.reporters.html import summary_card
-
-        return summary_card(self.summary())
+        return self.summary()._repr_html_()
 
 
 def load(path: str | os.PathLike[str]) -> Run:
@@ -116,7 +114,7 @@ def compare(runs: Sequence[RunReader | str | os.PathLike[str]], *, by: str = "st
     Examples:
         >>> compare(["runs/base", "runs/clipped"]).report("compare.html")  # doctest: +SKIP
     """
-    from gradwatch.reporters.comparison import Comparison
+    from gradwatch.reporters.compared import Comparison
 
     if len(runs) < 2:
         raise ConfigurationError.of("runs", "two or more runs", list(map(str, runs)))

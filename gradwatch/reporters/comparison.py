@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,8 +16,6 @@ from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.summary import Summary, summarize
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from gradwatch.reader import RunReader
 
 ALIGNMENTS = ("step", "time")
@@ -46,7 +42,7 @@ class Parting:
     values: tuple[float, float]
 
 
-class Comparison:
+class Alignment:
     """Two or more runs, aligned.
 
     Args:
@@ -157,30 +153,6 @@ class Comparison:
         middle: Array = time.reindex(self.digests[place].first).to_numpy(np.float64)
         seconds: Array = middle - middle[0]
         return seconds
-
-    def plot(self, *, theme: str = "light", fig: Any = None) -> Figure:
-        """Loss and global norm of all runs, and how the layers of the second differ from the first's."""
-        from gradwatch.reporters.figures.comparison import comparison
-
-        return comparison(self, theme=theme, fig=fig)
-
-    def report(self, path: str | os.PathLike[str], format: str | None = None) -> Path:  # noqa: A002
-        """Write the comparison as one file: `html`, `md` or `json`, by default what the path ends in."""
-        from gradwatch.reporters import comparison_page
-        from gradwatch.reporters.output import format_of, write_text
-
-        target = Path(path)
-        return write_text(target, comparison_page.render(self, format_of(target, format)))
-
-    def __str__(self) -> str:
-        from gradwatch.reporters import comparison_page
-
-        return comparison_page.markdown(self)
-
-    def _repr_html_(self) -> str:
-        from gradwatch.reporters import comparison_page
-
-        return comparison_page.card(self)
 
     def _windows(self, second: RunReader) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
         """The layer norms of the first run and another at common steps and layers, in pieces that fit into memory."""

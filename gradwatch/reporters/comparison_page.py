@@ -8,30 +8,31 @@ import time
 from typing import Any
 
 from gradwatch.reporters import words
-from gradwatch.reporters.comparison import APART, Comparison, Parting
+from gradwatch.reporters.comparison import APART, Alignment, Parting
+from gradwatch.reporters.figures.comparison import comparison
 from gradwatch.reporters.templating import asset, environment, image, policy
 from gradwatch.reporters.text import escaped, table
 
 MOST_LAYERS = 1000
 
 
-def render(compared: Comparison, format_name: str) -> str:
+def render(compared: Alignment, format_name: str) -> str:
     """The comparison in a known format."""
     return {"html": html, "md": markdown, "json": to_json}[format_name](compared)
 
 
-def html(compared: Comparison) -> str:
+def html(compared: Alignment) -> str:
     """One self-contained page without scripts."""
     alt = f"Loss, global norm and layer norms of {', '.join(map(words.visible, compared.names))}."
     context: dict[str, Any] = {
         "css": asset("page.css"), "policy": policy(), "now": time.time(), "c": compared,
-        "rows": run_rows(compared), "partings": partings(compared), "picture": image(compared.plot(), alt),
+        "rows": run_rows(compared), "partings": partings(compared), "picture": image(comparison(compared), alt),
         "layers": _layer_rows(compared),
     }  # fmt: skip
     return environment().get_template("compare.html").render(context)
 
 
-def card(compared: Comparison) -> str:
+def card(compared: Alignment) -> str:
     """The runs side by side, for a notebook."""
     return (
         environment()
@@ -40,7 +41,7 @@ def card(compared: Comparison) -> str:
     )
 
 
-def markdown(compared: Comparison) -> str:
+def markdown(compared: Alignment) -> str:
     """The comparison as Markdown."""
     head, rows = run_rows(compared)
     parts = ["# Runs compared", table(tuple(head), [tuple(escaped(cell) for cell in row) for row in rows])]
@@ -48,7 +49,7 @@ def markdown(compared: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_json(compared: Comparison) -> str:
+def to_json(compared: Alignment) -> str:
     """The comparison as JSON."""
     layers = compared.layers()
     value = {
@@ -69,7 +70,7 @@ def to_json(compared: Comparison) -> str:
     return json.dumps(value, indent=2, allow_nan=False, default=str) + "\n"
 
 
-def run_rows(compared: Comparison) -> tuple[list[str], list[list[str]]]:
+def run_rows(compared: Alignment) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of runs."""
     head = ["run", "verdict", "headline", "steps", "last loss", "skipped", "clipped", "own cost"]
     rows = []
@@ -83,12 +84,12 @@ def run_rows(compared: Comparison) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def partings(compared: Comparison) -> list[str]:
+def partings(compared: Alignment) -> list[str]:
     """Where each run parts from the first, in words."""
     return [_parts(compared, other) for other in range(1, len(compared.runs))]
 
 
-def _parts(compared: Comparison, other: int) -> str:
+def _parts(compared: Alignment, other: int) -> str:
     first, second = words.visible(compared.names[0]), words.visible(compared.names[other])
     different = compared.first_difference(other=other)
     apart = compared.first_difference(1 - 1 / APART, other=other)
@@ -115,7 +116,7 @@ def _parting(parting: Parting | None) -> dict[str, Any] | None:
     return {"step": parting.step, "layer": parting.layer, "values": values}
 
 
-def _layer_rows(compared: Comparison) -> tuple[list[str], list[list[str]]]:
+def _layer_rows(compared: Alignment) -> tuple[list[str], list[list[str]]]:
     layers = compared.layers()
     head = ["layer", *(words.visible(str(name)) for name in layers.columns)]
     rows = [

@@ -61,11 +61,6 @@ def live_page(run: RunReader, *, name: str, version: str) -> str:
     return environment().get_template("report.html").render(context)
 
 
-def summary_card(summary: Summary) -> str:
-    """The verdict as a piece of HTML for a notebook."""
-    return environment().get_template("card.html").render(s=summary)
-
-
 def _digest(run: RunReader) -> Digest:
     layers = len({p.layer for p in run.info.parameters})
     return Digest.of(run, int(np.clip(CELLS // max(1, layers), *COLUMN_RANGE)))

@@ -77,10 +77,9 @@ class Live:
                 return
 
     def _html(self) -> str:
-        from gradwatch.reporters.html import summary_card
         from gradwatch.reporters.summary import summarize
 
-        return summary_card(summarize(self._run))
+        return summarize(self._run)._repr_html_()
 
 
 def _notebook() -> Any:

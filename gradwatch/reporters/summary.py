@@ -111,14 +111,17 @@ class Summary:
         }
 
     def __str__(self) -> str:
-        from gradwatch.reporters.text import plain
-
-        return plain(self)
+        verdict = self.verdict
+        lines = [f"{verdict.sign} {verdict.word.upper()}  {self.name}", f"  {verdict.headline}", ""]
+        width = max((len(question) for question, _ in verdict.facts), default=0)
+        lines += [f"  {question:<{width}}  {answer}" for question, answer in verdict.facts]
+        lines += ["", *(f"  {name}: {value}" for name, value in self.facts), *(f"  ! {note}" for note in self.notes)]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        from gradwatch.reporters.html import summary_card
+        from gradwatch.reporters.templating import environment
 
-        return summary_card(self)
+        return environment().get_template("card.html").render(s=self)
 
 
 def summarize(run: RunReader) -> Summary:

@@ -1,4 +1,4 @@
-"""The summary as plain text, Markdown and JSON."""
+"""The summary as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -11,17 +11,6 @@ from gradwatch.reporters.summary import Summary
 
 #: Signs of the story's events; the words beside them say the same.
 SIGNS = {"start": "○", "finding": "●", "resolved": "✔", "action": "◆", "mark": "⚑", "end": "■", "crash": "✖"}
-
-
-def plain(summary: Summary) -> str:
-    """The summary as text of a few lines, without colour."""
-    verdict = summary.verdict
-    lines = [f"{verdict.sign} {verdict.word.upper()}  {summary.name}", f"  {verdict.headline}", ""]
-    width = max((len(question) for question, _ in verdict.facts), default=0)
-    lines += [f"  {question:<{width}}  {answer}" for question, answer in verdict.facts]
-    lines += [""] + [f"  {name}: {value}" for name, value in summary.facts]
-    lines += [f"  ! {note}" for note in summary.notes]
-    return "\n".join(lines)
 
 
 def markdown(summary: Summary) -> str:

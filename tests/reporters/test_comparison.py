@@ -9,7 +9,7 @@ import pytest
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Parameter
 from gradwatch.reporters import comparison_page
-from gradwatch.reporters.comparison import Comparison
+from gradwatch.reporters.compared import Comparison
 from gradwatch.run import compare, load
 from tests.reporters.conftest import MakeRun
 from tests.reporters.test_html import Outline

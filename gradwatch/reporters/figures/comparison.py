@@ -14,10 +14,10 @@ from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.figures.timeline import draw_band, middles
 
 if TYPE_CHECKING:
-    from gradwatch.reporters.comparison import Comparison
+    from gradwatch.reporters.comparison import Alignment
 
 
-def comparison(compared: Comparison, *, theme: str = "light", fig: Any = None) -> Figure:
+def comparison(compared: Alignment, *, theme: str = "light", fig: Any = None) -> Figure:
     """Draw a comparison.
 
     Args:
@@ -40,7 +40,7 @@ def comparison(compared: Comparison, *, theme: str = "light", fig: Any = None) -
     return figure  # type: ignore[no-any-return]
 
 
-def _lines(ax: Axes, compared: Comparison, name: str, theme: style.Theme) -> None:
+def _lines(ax: Axes, compared: Alignment, name: str, theme: style.Theme) -> None:
     entries: list[tuple[Any, str]] = []
     values = []
     colours = (*theme.lines, *theme.lines)
@@ -64,7 +64,7 @@ def _lines(ax: Axes, compared: Comparison, name: str, theme: style.Theme) -> Non
     style.legend(ax, theme, entries, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _ratios(ax: Axes, compared: Comparison, theme: style.Theme) -> None:
+def _ratios(ax: Axes, compared: Alignment, theme: style.Theme) -> None:
     first, second = compared.digests[:2]
     common = [name for name in first.layers if name in set(second.layers)]
     if not common or not len(first) or not len(second):
