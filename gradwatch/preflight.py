@@ -87,7 +87,7 @@ def preflight(model: Any, inputs: Any, targets: Any, loss_fn: Callable[..., Any]
     """Check a model with one batch before training it; parameters, buffers, gradients, mode and random state stay.
 
     Args:
-        model: A `torch.nn.Module`, in the mode it is to be checked in.
+        model: A `torch.nn.Module`, in the mode it is to be checked in, or a built Keras model.
         inputs: One batch: a tensor, or a tuple or mapping of the model's arguments.
         targets: Second argument of `loss_fn`.
         loss_fn: `loss_fn(outputs, targets)`, giving a scalar tensor.
@@ -103,11 +103,14 @@ def preflight(model: Any, inputs: Any, targets: Any, loss_fn: Callable[..., Any]
         >>> check.verdict, check.where
         ('vanishing', '0')
     """
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(model, torch.nn.Module):
-        raise ModelError(f"'model' must be a torch.nn.Module: {type(model).__name__}")
-    from gradwatch.backends.torch_probe import probe
-
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    probe: Callable[..., Any]
+    if keras is not None and isinstance(model, keras.Model):
+        from gradwatch.backends.keras_probe import probe
+    elif torch is not None and isinstance(model, torch.nn.Module):
+        from gradwatch.backends.torch_probe import probe
+    else:
+        raise ModelError(f"'model' must be a torch.nn.Module or a Keras model: {type(model).__name__}")
     loss, layers, norms, names = probe(model, inputs, targets, loss_fn)
     return judge(loss, layers, unused=[name for name in names if name not in norms])
 

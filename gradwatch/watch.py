@@ -44,6 +44,12 @@ def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
         >>> watcher.findings
         []
     """
+    keras = sys.modules.get("keras")
+    # On the PyTorch backend a Keras model is also a torch module, and may be trained by an optimizer of torch.
+    if keras is not None and isinstance(model, keras.Model) and not hasattr(optimizer, "param_groups"):
+        from gradwatch.integrations.keras_loop import watch_keras
+
+        return watch_keras(model, optimizer, **settings)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):
         from gradwatch.integrations.torch import watch_torch

@@ -72,15 +72,15 @@ class KerasActions:
         if self._rollback is None or (self._ring and (step % self._rollback.every or not is_well)):
             return
         values = self.values(state)
-        found: list[Array] | Path = [values.read(variable) for variable in values.everything()]
-        if self._folder is not None:
-            self._folder.mkdir(exist_ok=True)
-            path = self._folder / f"{step}.npz"
-            np.savez(path, *found)
-            found = path
+        found = [values.read(variable) for variable in values.everything()]
         if len(self._ring) == self._ring.maxlen:
             _delete(self._ring.popleft())
-        self._ring.append(_Snapshot(step, found))
+        if self._folder is None:
+            self._ring.append(_Snapshot(step, found))
+            return
+        self._folder.mkdir(exist_ok=True)
+        np.savez(self._folder / f"{step}.npz", *found)
+        self._ring.append(_Snapshot(step, self._folder / f"{step}.npz"))
 
     def apply(self, due: Due, state: Any) -> tuple[Any, str]:
         """Carry out an action.

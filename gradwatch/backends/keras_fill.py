@@ -21,7 +21,7 @@ def fresh_value(variable: Any, parameter: Parameter, owner: Any, *, scheme: str,
         variable: The variable.
         parameter: Its description.
         owner: The layer that owns it.
-        scheme: `default` for the layer's own initializer; `kaiming`, `xavier`, `orthogonal`; anything else by activation.
+        scheme: `default` for the layer's own initializer; `kaiming`, `xavier`, `orthogonal`; else by activation.
         rng: Source of seeds.
     """
     seed = int(rng.integers(2**31))
@@ -61,5 +61,3 @@ def owners_of(model: keras.Model) -> dict[int, Any]:
         for variable in getattr(layer, "_trainable_variables", ()):
             found.setdefault(id(variable), layer)
     return found
-
-

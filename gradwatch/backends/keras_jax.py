@@ -57,9 +57,8 @@ class JaxTap(Tap):
         if self.rule.actions:
             self._state = {number: self.rule.initial_state() for number in range(len(optimizers))}
 
-    def drain(self, *, lag: bool = False) -> Floats:
-        keep = 1 if lag else 0
-        ready, self._pending = self._pending[: len(self._pending) - keep], self._pending[len(self._pending) - keep :]
+    def drain(self, *, lag: int = 0) -> Floats:
+        ready, self._pending = self._pending[: len(self._pending) - lag], self._pending[len(self._pending) - lag :]
         if not ready:
             return no_rows(self.width if self.columns is not None else 0)
         return np.concatenate([np.asarray(rows) for rows in ready])
@@ -74,7 +73,8 @@ class JaxTap(Tap):
         return jnp.clip(grad, -limit, limit).astype(grad.dtype)
 
     def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        return _copied(list(values))  # the step that follows deletes the originals
+        copies: list[Tensor] = _copied(list(values))  # the step that follows deletes the originals
+        return copies
 
     def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         return _change_norms(list(before), list(after))
@@ -211,8 +211,8 @@ class JaxTap(Tap):
 
 @jax.jit
 def _squares(grads: list[Tensor]) -> Tensor:
-    flat = [jnp.ravel(grad).astype(jnp.float32) for grad in grads]
-    return jnp.stack([jnp.vdot(one, one) for one in flat])
+    # Faster in the middle of a compiled step than `vdot`, and as exact.
+    return jnp.stack([jnp.sum(jnp.square(grad.astype(jnp.float32))) for grad in grads])
 
 
 @jax.jit

@@ -1,8 +1,8 @@
 """What happens to the gradients inside a Keras step: measure, decide, scale; written once for every backend.
 
-The gradients that an optimizer is handed are not yet those that it uses: a loss scale is still on them, and with gradient
-accumulation earlier micro-batches are missing. Norms and decisions are those of the gradient that the update will use,
-before the optimizer's own clipping.
+The gradients that an optimizer is handed are not yet those that it uses: a loss scale is still on them, and with
+gradient accumulation earlier micro-batches are missing. Norms and decisions are those of the gradient that the update
+will use, before the optimizer's own clipping.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gradwatch.actions.base import InStepAction
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, Floats
 
 Tensor = Any
-#: What follows the norms in a row: which optimizer, its learning rate, the loss, the factor on the global norm, an index
-#: into SKIP_REASONS, and 0 while the gradient only accumulates.
+#: What follows the norms in a row: which optimizer, its learning rate, the loss, the factor on the global norm, an
+#: index into SKIP_REASONS, and 0 while the gradient only accumulates.
 EXTRAS = ("optimizer", "lr", "loss", "coefficient", "skip", "is_update")
 _NONFINITE, _SPIKE, _SCALER = (SKIP_REASONS.index(reason) for reason in ("nonfinite", "spike", "grad_scaler"))
 

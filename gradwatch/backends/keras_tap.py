@@ -50,6 +50,12 @@ class Tap(ABC):
         assert self.columns is not None
         return len(self.columns)
 
+    def column_of(self, variable: Any) -> int:
+        """The column of a variable of the model."""
+        column = self.columns.of(variable) if self.columns is not None else None
+        assert column is not None
+        return column
+
     def attached(self, model: Any, optimizers: Sequence[Any]) -> AbstractContextManager[None]:
         """Sits on the optimizers, as attributes of the instances, until the block ends."""
         return replaced(self.replacements(model, optimizers))
@@ -72,7 +78,7 @@ class Tap(ABC):
 
     @abstractmethod
     def lr_factor(self) -> Tensor:
-        """gradwatch's factor on the learning rate, inside the step."""
+        """Gradwatch's factor on the learning rate, inside the step."""
 
     @abstractmethod
     def set_lr_factor(self, factor: float) -> None:
@@ -83,11 +89,11 @@ class Tap(ABC):
         """Forget rows and what actions remember: a new run begins."""
 
     @abstractmethod
-    def drain(self, *, lag: bool = False) -> Floats:
+    def drain(self, *, lag: int = 0) -> Floats:
         """The rows written since the last call, float32 of shape (k, width + len(EXTRAS)).
 
         Args:
-            lag: Leave the newest row where waiting for it would stall the device.
+            lag: Leave this many of the newest calls' rows where waiting for them would stall the device.
         """
 
     @abstractmethod
@@ -116,7 +122,7 @@ class Tap(ABC):
         """L2 norms of weights and of their changes, shape (2, n), left on the device."""
 
     def learning_rate(self, optimizer: Any) -> Tensor | float:
-        """The rate of the user's own, without gradwatch's factor; not measured where only a function of his knows it."""
+        """The user's own rate, without gradwatch's factor; not measured where only a function of theirs knows it."""
         base = base_of(optimizer)
         rate = base._learning_rate
         if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):

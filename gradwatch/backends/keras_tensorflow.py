@@ -31,9 +31,7 @@ class TensorFlowTap(Tap):
         prepare: Called in the first trace, when the model is built, if `start` was not called before.
     """
 
-    def __init__(
-        self, rule: Any, *, scales_lr: bool, faults: Faults, rows: int, prepare: Callable[[], None]
-    ) -> None:
+    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults, rows: int, prepare: Callable[[], None]) -> None:
         super().__init__(rule, scales_lr=scales_lr, faults=faults)
         self._rows, self._prepare = rows, prepare
         self._strategy: Any = None
@@ -80,7 +78,7 @@ class TensorFlowTap(Tap):
             for variable, value in zip(variables, self.rule.initial_state(), strict=True):
                 variable.assign(value)
 
-    def drain(self, *, lag: bool = False) -> Floats:
+    def drain(self, *, lag: int = 0) -> Floats:
         if self._cursor is None:
             return no_rows(0)
         end = int(self._cursor.numpy())
@@ -89,7 +87,8 @@ class TensorFlowTap(Tap):
         first = max(self._read, end - self._rows)
         self.lost += first - self._read
         self._read = end
-        return self._ring.numpy()[np.arange(first, end) % self._rows]
+        rows: Floats = self._ring.numpy()[np.arange(first, end) % self._rows]
+        return rows
 
     def norms(self, grads: Sequence[Tensor]) -> Tensor:
         squares = [tf.nn.l2_loss(tf.cast(_values(grad), tf.float32)) for grad in grads]
@@ -170,8 +169,8 @@ class TensorFlowTap(Tap):
     def _reduces_first(self, optimizer: Any) -> bool:
         """Whether the replicas' gradients are summed before the optimizer's entry point, instead of inside.
 
-        While we only watch, that must give what the optimizer would get itself: what it clips or divides, it does before
-        summing. Then we sum for ourselves, once more.
+        While we only watch, that must give what the optimizer would get itself: what it clips or divides, it does
+        before summing. Then we sum for ourselves, once more.
         """
         base = base_of(optimizer)
         own = (base.clipnorm, base.global_clipnorm, base.clipvalue, base.loss_scale_factor)
@@ -263,9 +262,12 @@ def _done(result: Any) -> Tensor:
     return tf.constant(0)
 
 
-@tf.function(reduce_retracing=False)
+@tf.function  # type: ignore[untyped-decorator]  # TensorFlow has no types
 def _change_norms(before: list[Tensor], after: list[Tensor]) -> Tensor:
-    pairs = [(tf.cast(a, tf.float32), tf.cast(a, tf.float32) - tf.cast(b, tf.float32)) for b, a in zip(before, after)]
+    pairs = [
+        (tf.cast(a, tf.float32), tf.cast(a, tf.float32) - tf.cast(b, tf.float32))
+        for b, a in zip(before, after, strict=True)
+    ]
     return tf.sqrt(2.0 * tf.stack([[tf.nn.l2_loss(part) for part in pair] for pair in pairs], axis=1))
 
 

@@ -46,7 +46,7 @@ class TorchTap(Tap):
         self._state.clear()
         self.set_lr_factor(1.0)
 
-    def drain(self, *, lag: bool = False) -> Floats:
+    def drain(self, *, lag: int = 0) -> Floats:
         if not self._pending:
             return no_rows(self.width if self.columns is not None else 0)
         rows, self._pending = torch.stack(self._pending), []

@@ -1,9 +1,10 @@
 """`gradwatch.watch` for Keras models: custom loops, and `train_on_batch`.
 
-A loop of the user's own calls an optimizer; the watcher sits on that call until it is closed. Where the call is made from
-Python at every step, each step is recorded at once. Inside a `tf.function` Python runs only while it is traced: rows wait
-in a ring on the device until `watcher.log(...)` or `watcher.close()` fetches them. A function that JAX compiles gives out
-what it returns and nothing else, so its loop hands a state through, see `KerasLoopWatcher.stateless_apply`.
+A loop of the user's own calls an optimizer; the watcher sits on that call until it is closed. Where the call is made
+from Python at every step, each step is recorded at once. Inside a `tf.function` Python runs only while it is traced:
+rows wait in a ring on the device until `watcher.log(...)` or `watcher.close()` fetches them. A function that JAX
+compiles gives out what it returns and nothing else, so its loop hands a state through, see
+`KerasLoopWatcher.stateless_apply`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
 from gradwatch.backends.keras_model import Columns, optimizers_of
 from gradwatch.backends.keras_tap import Tap
 from gradwatch.errors import ModelError
-from gradwatch.integrations.keras import Session, tap_for
+from gradwatch.integrations.keras_instrument import tap_for
+from gradwatch.integrations.keras_session import Session
 from gradwatch.integrations.keras_watcher import KerasWatcher, rule_of, scales_lr
 from gradwatch.settings import settings_from
 
@@ -42,17 +44,13 @@ class KerasLoopWatcher(KerasWatcher):
         self._model, self._optimizers = model, list(optimizers)
         self._tap = self._make_tap()
         run_dir = self.run_dir
-        self._actions = KerasActions(
-            model, self._columns, optimizers=optimizers, actions=self.between, run_dir=run_dir
-        )
+        self._actions = KerasActions(model, self._columns, optimizers=optimizers, actions=self.between, run_dir=run_dir)
         self._is_jax = keras.backend.backend() == "jax"
         if not self._is_jax:
             self._attached.enter_context(self._tap.attached(model, self._optimizers))
 
     def _make_tap(self) -> Tap:
-        tap = tap_for(
-            rule_of(self._policy), scaled=scales_lr(self.between), rows=RING_ROWS, prepare=lambda: None
-        )
+        tap = tap_for(rule_of(self._policy), scaled=scales_lr(self.between), rows=RING_ROWS, prepare=lambda: None)
         tap.faults = self.faults
         tap.start(self._columns, self._optimizers)
         tap.on_step = self._before_step
@@ -93,7 +91,8 @@ class KerasLoopWatcher(KerasWatcher):
 
     def initial_state(self) -> dict[str, Any]:
         """On JAX: what `stateless_apply` takes at the first step."""
-        return self._jax_tap().loop_state()
+        found: dict[str, Any] = self._jax_tap().loop_state()
+        return found
 
     def stateless_apply(
         self, optimizer: Any, optimizer_variables: Any, grads: Any, trainable_variables: Any, *, state: dict[str, Any]
@@ -128,7 +127,8 @@ class KerasLoopWatcher(KerasWatcher):
         self._require_open()
         self._jax_tap().keep(state)
         self.log(**numbers)
-        return self._jax_tap().loop_state(state)
+        following: dict[str, Any] = self._jax_tap().loop_state(state)
+        return following
 
     def _jax_tap(self) -> Any:
         if not self._is_jax:
@@ -141,15 +141,13 @@ class KerasLoopWatcher(KerasWatcher):
             return
         self._attached.close()
         self.faults.call("keras host", lambda: self.take_in_order(self._tap.drain()), default=None)
-        self.faults.call("keras host", self.settle, default=[])
+        self.finish()
         self._tap.set_lr_factor(1.0)
         super().close(status, detail)
         self._actions.close()
 
 
-def watch_keras(
-    model: keras.Model, optimizer: Any = None, **settings: Any
-) -> KerasWatcher:
+def watch_keras(model: keras.Model, optimizer: Any = None, **settings: Any) -> KerasWatcher:
     """See `gradwatch.watch`.
 
     With an optimizer, a loop of the user's own that calls it; without, a compiled model's `train_on_batch` and `fit`.
@@ -169,5 +167,3 @@ def watch_keras(
         if not each.built:
             each.build(model.trainable_variables)
     return KerasLoopWatcher(model, optimizers, **settings)
-
-

@@ -1,4 +1,4 @@
-"""The watcher of a Keras model: turns rows that left the step, and what is known on the host, into steps of the record."""
+"""The watcher of a Keras model: makes steps of the record from rows that left the device and what the host knows."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_rule import EXTRAS, Rule
 from gradwatch.provenance import _versions as versions_of
 from gradwatch.records import NOT_MEASURED, Floats, RunInfo
+from gradwatch.rows import Rows
 from gradwatch.watcher import Watcher, number
 
 _OPTIMIZER, _LR, _LOSS, _COEFFICIENT, _SKIP, _IS_UPDATE = range(len(EXTRAS))
+
+
+#: Steps that the monitor is shown at once at most.
+ROWS_TOGETHER = 64
 
 
 @dataclass
@@ -76,6 +81,7 @@ class KerasWatcher(Watcher):
         self._taken_at = time.time()
         self.on_close: Callable[[str, str], object] | None = None
         super().__init__(columns.parameters, framework="keras", **settings)
+        self._rows = Rows(self._parameters, capacity=max(ROWS_TOGETHER, self.settings.check_every))
 
     @property
     def decides_between_steps(self) -> bool:
@@ -100,7 +106,7 @@ class KerasWatcher(Watcher):
 
     @property
     def lr_factor(self) -> float:
-        """gradwatch's factor on the learning rate, as applied."""
+        """Gradwatch's factor on the learning rate, as applied."""
         return 1.0 if self.settings.dry_run else self._policy.state.lr_factor
 
     @property
@@ -202,7 +208,19 @@ class KerasWatcher(Watcher):
             self._close_row(row.norms, row.metrics, statistics=row.statistics, skip_reason=row.skip_reason)
             for row in rows
         ]
+        # What came together is looked at together: detectors cost by the batch, and find the same.
+        if len(self._rows) >= self.settings.check_every:
+            due.append(self._check())
         return [each for each in due if each is not None]
+
+    def finish(self) -> None:
+        """Close all steps that were taken, before the watcher is closed."""
+        none: list[Due] = []
+        self.faults.call("keras host", self.settle, default=none)
+
+    def note_cost(self, seconds: float) -> None:
+        """Count time that we took on the host."""
+        self._hook_seconds += seconds
 
     def log(self, **numbers: Any) -> None:
         """See `Watcher.log`."""

@@ -43,7 +43,7 @@ def found_at(step: int, rule: str = "exploding") -> Detect:
     return detect
 
 
-CLIPS = {
+CLIPS: dict[str, tuple[Callable[[], Any], dict[str, float]]] = {
     "max_norm": (lambda: gw.Clip(max_norm=0.5), {"global_clipnorm": 0.5}),
     "per_layer": (lambda: gw.Clip(per_layer=0.3), {"clipnorm": 0.3}),
     "value": (lambda: gw.Clip(value=0.05), {"clipvalue": 0.05}),
@@ -87,13 +87,13 @@ def test_a_skipped_batch_never_was(tmp_path: Path, make: Callable[[], Any]) -> N
     assert np.isnan(recorded(tmp_path / "run")[2]).all()
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[], Any]] = {
     "number": lambda: 0.1,
     "schedule": lambda: keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5),
 }
 
 
-class Halved(keras.optimizers.schedules.LearningRateSchedule):
+class Halved(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]  # Keras has no types
     """Another schedule, halved from a step on."""
 
     def __init__(self, rate: Any, start: int) -> None:
@@ -178,7 +178,7 @@ def test_dry_run_only_records(tmp_path: Path) -> None:
     assert [record.dry_run for record in RunReader(tmp_path / "run").action_list()] == [True]
 
 
-ADAPTIVE = {
+ADAPTIVE: dict[str, Callable[[], Any]] = {
     "zclip": lambda: gw.ZClip(warmup=3),
     "autoclip": lambda: gw.AutoClip(percentile=50, history=8),
     "skip spikes": lambda: gw.SkipStep(factor=1.2, window=5, warmup=3),

@@ -50,7 +50,7 @@ def _shared() -> keras.Model:
     return _compiled(keras.Model(inputs, layers.Dense(2)(shared(shared(inputs)))))
 
 
-class Subclassed(keras.Model):
+class Subclassed(keras.Model):  # type: ignore[misc]  # Keras has no types
     """Not built before its first batch; one layer is never used."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ def test_sparse_gradients_sum_their_duplicates(tmp_path: Path) -> None:
     assert difference(plain, clipped) < EXACT
 
 
-class Custom(keras.Model):
+class Custom(keras.Model):  # type: ignore[misc]  # Keras has no types
     """A train step of the user's own, on each backend."""
 
     def train_step(self, *args: Any) -> Any:
@@ -260,10 +260,19 @@ def test_generators_and_early_stop(tmp_path: Path) -> None:
 
     stop = keras.callbacks.EarlyStopping("loss", patience=0, min_delta=100.0)
     model = dense()
-    model.fit(endless(), shuffle=False, steps_per_epoch=3, epochs=5, verbose=0, callbacks=[GradWatch(run_dir=tmp_path / "run"), stop])
+    model.fit(
+        endless(),
+        shuffle=False,
+        steps_per_epoch=3,
+        epochs=5,
+        verbose=0,
+        callbacks=[GradWatch(run_dir=tmp_path / "run"), stop],
+    )
     assert len(recorded(tmp_path / "run")) == 6
 
-    model.fit((batch for batch in batches(x, y)), shuffle=False, verbose=0, callbacks=[GradWatch(run_dir=tmp_path / "short")])
+    model.fit(
+        (batch for batch in batches(x, y)), shuffle=False, verbose=0, callbacks=[GradWatch(run_dir=tmp_path / "short")]
+    )
     assert len(recorded(tmp_path / "short")) == 4
 
 
@@ -286,7 +295,7 @@ def test_train_on_batch_after_a_fit_is_plain_again(tmp_path: Path) -> None:
     assert len(recorded(tmp_path / "run")) == 2
 
 
-class Failing(keras.callbacks.Callback):
+class Failing(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     def __init__(self, error: type[BaseException]) -> None:
         super().__init__()
         self.error = error
@@ -317,7 +326,9 @@ def test_an_error_in_the_step_restores_the_model_at_once(tmp_path: Path) -> None
 
     model = dense()
     with pytest.raises(Exception, match="no more data"):
-        model.fit(broken(), shuffle=False, steps_per_epoch=4, verbose=0, callbacks=[GradWatch(run_dir=tmp_path / "run")])
+        model.fit(
+            broken(), shuffle=False, steps_per_epoch=4, verbose=0, callbacks=[GradWatch(run_dir=tmp_path / "run")]
+        )
     assert "apply" not in vars(model.optimizer)
     fit(model, x, y, epochs=1)
     assert type(model.train_function).__name__ == "function"
@@ -333,7 +344,7 @@ def test_nnx_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras gives a JAX train step one optimizer only")
 def test_two_optimizers_share_a_row(tmp_path: Path) -> None:
-    class Two(keras.Model):
+    class Two(keras.Model):  # type: ignore[misc]  # Keras has no types
         def __init__(self) -> None:
             super().__init__()
             self.one, self.two = layers.Dense(2), layers.Dense(2)
@@ -346,7 +357,7 @@ def test_two_optimizers_share_a_row(tmp_path: Path) -> None:
             return self.one(x) + self.two(x)
 
         def train_step(self, batch: Any) -> Any:
-            x, y = batch
+            x, _ = batch
             grads = [keras.ops.convert_to_tensor(np.full(v.shape, 2.0, "float32")) for v in self.trainable_variables]
             self.optimizer.apply(grads[:2], self.one.trainable_variables)
             self.other.apply(grads[2:], self.two.trainable_variables)

@@ -11,7 +11,19 @@ import pytest
 
 import gradwatch as gw
 from gradwatch.keras import GradWatch
-from tests.keras.training import BACKEND, EXACT, batches, data, dense, difference, fit, metrics, recorded, reference, relative_error
+from tests.keras.training import (
+    BACKEND,
+    EXACT,
+    batches,
+    data,
+    dense,
+    difference,
+    fit,
+    metrics,
+    recorded,
+    reference,
+    relative_error,
+)
 
 SGD = keras.optimizers.SGD
 

@@ -11,17 +11,29 @@ import pytest
 
 import gradwatch as gw
 from gradwatch.errors import ModelError
-from gradwatch.integrations.keras_loop import KerasLoopWatcher, watch_keras
-from tests.keras.training import BACKEND, EXACT, batches, data, dense, difference, gradients, metrics, recorded, reference, relative_error
+from gradwatch.integrations.keras_loop import watch_keras
+from tests.keras.training import (
+    BACKEND,
+    EXACT,
+    batches,
+    data,
+    dense,
+    difference,
+    gradients,
+    metrics,
+    recorded,
+    reference,
+    relative_error,
+)
 
 SGD = keras.optimizers.SGD
 
 
-def _loop(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None = None, *, compiled: bool = False) -> None:
+def _loop(model: keras.Model, x: Any, y: Any, watcher: Any = None, *, compiled: bool = False) -> None:
     {"tensorflow": _tape, "torch": _plain, "jax": _stateless}[BACKEND](model, x, y, watcher, compiled=compiled)
 
 
-def _tape(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, *, compiled: bool) -> None:
+def _tape(model: keras.Model, x: Any, y: Any, watcher: Any, *, compiled: bool) -> None:
     import tensorflow as tf
 
     def step(x: Any, y: Any) -> Any:
@@ -38,7 +50,7 @@ def _tape(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, 
             watcher.log(loss=loss)
 
 
-def _plain(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, *, compiled: bool) -> None:
+def _plain(model: keras.Model, x: Any, y: Any, watcher: Any, *, compiled: bool) -> None:
     import torch
 
     for one in batches(x, y):
@@ -49,7 +61,7 @@ def _plain(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None,
             watcher.log(loss=0.5)
 
 
-def _stateless(model: keras.Model, x: Any, y: Any, watcher: KerasLoopWatcher | None, *, compiled: bool) -> None:
+def _stateless(model: keras.Model, x: Any, y: Any, watcher: Any, *, compiled: bool) -> None:
     import jax
 
     optimizer = model.optimizer

@@ -15,7 +15,7 @@ from gradwatch.keras import GradWatch
 from tests.keras.training import BACKEND, data, dense, difference, fit
 
 
-class Saves(keras.callbacks.Callback):
+class Saves(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Saves, pickles and clones in mid-fit."""
 
     def __init__(self, folder: Path) -> None:
@@ -43,7 +43,7 @@ def test_saving_in_mid_fit_is_as_without_the_callback(tmp_path: Path) -> None:
     backup = keras.callbacks.BackupAndRestore(tmp_path / "backup", save_freq=2)
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "checkpoint.keras", save_freq=3)
     fit(model, x, y, GradWatch(run_dir=tmp_path / "run", actions=actions), saves, backup, checkpoint, epochs=1)
-    saved = [keras.models.load_model(tmp_path / "model.keras"), pickle.loads(saves.pickled)]
+    saved = [keras.models.load_model(tmp_path / "model.keras"), pickle.loads(saves.pickled)]  # noqa: S301 -- our own bytes
     saved.append(keras.models.load_model(tmp_path / "checkpoint.keras"))
     for each in saved:
         assert int(each.optimizer.iterations) == (6 if each is saved[2] else 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -74,7 +74,8 @@ def _jax(model: keras.Model, x: Any, y: Any) -> list[Any]:
     if model not in _compiled_gradients:
         _compiled_gradients[model] = jax.jit(jax.grad(loss))
     values = [[v.value for v in group] for group in (model.trainable_variables, model.non_trainable_variables)]
-    return _compiled_gradients[model](*values, x, y)
+    grads: list[Any] = _compiled_gradients[model](*values, x, y)
+    return grads
 
 
 _compiled_gradients: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -122,6 +123,3 @@ def difference(one: keras.Model, other: keras.Model) -> float:
 def fit(model: keras.Model, x: Any, y: Any, *callbacks: Any, **kwargs: Any) -> keras.Model:
     model.fit(x, y, **{"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0, **kwargs}, callbacks=[*callbacks])
     return model
-
-
-Make = Callable[..., keras.Model]

@@ -1,0 +1,244 @@
+"""One training of a Keras model, from the moment the train function is replaced until it is given back."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from gradwatch.actions.base import Due
+from gradwatch.actions.policy import Policy
+from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
+from gradwatch.backends.keras_rule import base_of
+from gradwatch.errors import ModelError
+from gradwatch.integrations.keras_instrument import Instrument
+from gradwatch.integrations.keras_watcher import Call, KerasWatcher
+from gradwatch.records import NOT_MEASURED, Floats
+from gradwatch.settings import Settings
+
+#: Steps between two looks at the device, when nothing that is found could change the training.
+READ_EVERY = 16
+#: Seconds between two looks, however slow the steps are.
+READ_SECONDS = 0.5
+
+
+class Session:
+    """One `fit`: stands in for the train function, keeps what the host knows of each step, and applies actions.
+
+    Args:
+        model: A compiled model whose `fit` has begun.
+        settings: Of the record.
+        watcher_state: `Watcher.state_dict` of the session before, whose run goes on.
+    """
+
+    def __init__(self, model: keras.Model, settings: Settings, *, watcher_state: dict[str, Any] | None = None) -> None:
+        self.model, self.settings, self._state = model, settings, watcher_state
+        self.watcher: KerasWatcher | None = None
+        self.epoch, self.batch, self.calls = 0, 0, 0
+        self._before_sample: Any = None
+        self._history, self._read_at = getattr(model, "history", None), 0.0
+        self._call: Call | None = None
+        _refuse(model)
+        self.plain = _unwrapped(model)
+        policy = Policy(settings.actions, dry_run=settings.dry_run)
+        self.instrument = Instrument.of(model, self.plain, policy)
+        self.instrument.on_ready = self.open
+        self.actions: KerasActions | None = None
+        if self.instrument.tap.columns is not None or model.built:
+            self.instrument.prepare()
+        self._is_jax = keras.backend.backend() == "jax"
+        if self._is_jax:
+            self.instrument.tap.before_step = self._before  # type: ignore[attr-defined]
+            self.instrument.tap.after_step = self._after  # type: ignore[attr-defined]
+        model.train_function = self
+
+    def open(self) -> None:
+        """Begin the record; the model is described."""
+        tap = self.instrument.tap
+        if self.watcher is None and tap.columns is not None:
+            given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
+            self.watcher = KerasWatcher(tap.columns, **given)
+            self.watcher.micro_steps = _micro_steps(self.model)
+            self.actions = KerasActions(
+                self.model,
+                tap.columns,
+                optimizers=tap.optimizers,
+                actions=self.watcher.between,
+                run_dir=self.watcher.run_dir,
+            )
+            tap.faults = self.watcher.faults
+            tap.reset()
+            if self._state is not None:
+                self.watcher.load_state_dict(self._state)
+                tap.set_lr_factor(self.watcher.lr_factor)
+
+    def __call__(self, *args: Any) -> Any:
+        if getattr(self.model, "history", None) is not self._history:
+            self.release("crashed", "fit() ended early")
+            return self.plain(*args)
+        if not self._is_jax:
+            self._before(None)
+        try:
+            with self.instrument.attached():
+                result = self.instrument.function(*args)
+        except BaseException as error:
+            if not _is_end_of_data(error):
+                self.release("crashed", f"{type(error).__name__}: {error}"[:500])
+            raise
+        if not self._is_jax:
+            self._after(None, result)
+        return result
+
+    def _before(self, state: Any) -> Any:
+        """Before a step, on the host. On JAX the state of the training passes through."""
+        watcher = self.watcher
+        if watcher is not None:
+            started = time.perf_counter()
+            state = watcher.faults.call("keras host", self._look, state, default=state)
+            watcher.note_cost(time.perf_counter() - started)
+        return state
+
+    def _look(self, state: Any) -> Any:
+        watcher = self.watcher
+        assert watcher is not None
+        if (lag := self._lag()) is not None:
+            self.read(lag=lag)
+            for due in watcher.settle():
+                state = self._act(due, state)
+        if watcher.decides_between_steps and self.actions is not None:
+            self.actions.watch_over(watcher.coming_step, state, is_well=watcher.is_well)
+        self._call = watcher.began(epoch=self.epoch, batch=self.batch)
+        self._before_sample = self._copies(state) if self._is_sampled() else None
+        return state
+
+    def _is_sampled(self) -> bool:
+        """Whether this call makes one update, and the dearer statistics are due."""
+        assert self.watcher is not None
+        micro = self.watcher.micro_steps
+        single = self._is_jax or getattr(self.model, "steps_per_execution", 1) == 1
+        return single and self.calls % (self.settings.stats_every * micro) == micro - 1
+
+    def _trained(self, state: Any) -> tuple[list[Any], list[Any]]:
+        """The variables in training and their values."""
+        variables = self.model.trainable_variables
+        return variables, [v.value for v in variables] if state is None else list(state[0])
+
+    def _copies(self, state: Any) -> Any:
+        return self.instrument.tap.copies(self._trained(state)[1])
+
+    def _changes(self, before: Any, state: Any) -> Callable[[], tuple[Floats, Floats]]:
+        tap, (variables, now) = self.instrument.tap, self._trained(state)
+        found = tap.changes(before, now)
+
+        def read() -> tuple[Floats, Floats]:
+            norms, values = np.full((2, tap.width), NOT_MEASURED, np.float32), np.asarray(found)
+            for place, variable in enumerate(variables):
+                norms[:, tap.column_of(variable)] = values[:, place]
+            return norms[0], norms[1]
+
+        return read
+
+    def _act(self, due: Due, state: Any) -> Any:
+        """Apply an action and record it; on JAX to the state of the training, which is returned."""
+        watcher, done = self.watcher, ""
+        assert watcher is not None
+        assert self.actions is not None
+        try:
+            if not watcher.settings.dry_run:
+                state, done = self.actions.apply(due, state)
+        except CannotApplyError as error:
+            watcher.monitor.could_not_act(due, watcher.coming_step, str(error))
+            return state
+        watcher.monitor.acted(due, watcher.coming_step, detail=done)
+        self.instrument.tap.set_lr_factor(watcher.lr_factor)
+        return state
+
+    def _lag(self) -> int | None:
+        """How many of the newest rows to leave on the device when it is time to look; None when it is not.
+
+        Only JAX computes ahead: rows that are not ready yet would be waited for.
+        """
+        watcher = self.watcher
+        assert watcher is not None
+        is_late = self._read_at == 0.0 or time.monotonic() - self._read_at > READ_SECONDS
+        at_once = watcher.decides_between_steps or is_late
+        lag = 0 if not self._is_jax else 1 if at_once else READ_EVERY // 2
+        together = 1 if at_once else max(1, READ_EVERY // watcher.rows_per_call)
+        return lag if watcher.calls_waiting >= together + lag else None
+
+    def read(self, *, lag: int = 0) -> None:
+        """Take the rows that left the device."""
+        assert self.watcher is not None
+        rows = self.instrument.tap.drain(lag=lag)
+        self.watcher.take(rows, calls=self.watcher.calls_waiting - lag)
+        self._read_at = time.monotonic()
+
+    def _after(self, state: Any, logs: Any) -> None:
+        watcher = self.watcher
+        if watcher is not None:
+            started = time.perf_counter()
+            call = self._call or watcher.began(epoch=self.epoch, batch=self.batch)
+            if self._before_sample is not None:
+                before, self._before_sample = self._before_sample, None
+                call.changes = watcher.faults.call("keras sample", self._changes, before, state, default=None)
+            watcher.faults.call("keras host", watcher.ran, call, logs, default=None)
+            watcher.note_cost(time.perf_counter() - started)
+        self._call = None
+        self.calls += 1
+        self.batch += 1 if self._is_jax else getattr(self.model, "steps_per_execution", 1)
+
+    def epoch_ended(self, logs: dict[str, Any]) -> None:
+        """Everything the epoch did is taken; validation metrics go to its last step."""
+        if self.watcher is not None:
+            self.watcher.faults.call("keras host", self.read, default=None)
+            self.watcher.epoch_ended(logs)
+
+    def release(self, status: str = "finished", detail: str = "") -> dict[str, Any] | None:
+        """Give the model its train function back and end the record; what the next session goes on from."""
+        if self.model.train_function is self:
+            self.model.train_function = self.plain
+        self.instrument.on_ready = None
+        watcher = self.watcher
+        if watcher is None:
+            return None
+        watcher.on_close = None
+        watcher.faults.call("keras host", self.read, default=None)
+        watcher.finish()
+        self.watcher = None
+        state = watcher.faults.call("keras host", watcher.state_dict, default=None)
+        watcher.close(status, detail)
+        if self.actions is not None:
+            self.actions.close()
+        return state
+
+
+def _micro_steps(model: keras.Model) -> int:
+    optimizer = getattr(model, "optimizer", None)
+    return getattr(base_of(optimizer), "gradient_accumulation_steps", None) or 1
+
+
+def _is_end_of_data(error: BaseException) -> bool:
+    return isinstance(error, StopIteration) or type(error).__name__ == "OutOfRangeError"
+
+
+def _unwrapped(model: keras.Model) -> Any:
+    """The model's own train function; a session that a dead `fit` left behind is ended."""
+    function = model.train_function
+    if isinstance(function, Session):
+        function.release("crashed", "fit() ended early")
+        function = model.train_function
+    if function is None:
+        model.make_train_function()
+        function = model.train_function
+    return function
+
+
+def _refuse(model: keras.Model) -> None:
+    if keras.backend.backend() == "jax" and keras.config.is_nnx_enabled():
+        raise ModelError("Keras with NNX enabled cannot be watched: unset KERAS_NNX_ENABLED")
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"'model' must be a Keras model: {type(model).__name__}")
