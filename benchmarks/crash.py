@@ -2,8 +2,8 @@
 
     python -m benchmarks.crash --kills 500
 
-Every number of these runs follows from its step, so each recorded value is checked, not only counted. `tests/record` runs
-the same campaigns, shorter.
+Every number of these runs follows from its step, so each recorded value is checked, not only counted. Short campaigns
+of the same kind are in `tests/record`.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def kill_campaign(rounds: int, *, seed: int = 0, at_operations: bool = False, fo
     outcome = Outcome("kills at every operation" if at_operations else "kills at random moments")
     draw = random.Random(seed)  # noqa: S311 -- no secrets
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.crash"])
+    context.set_forkserver_preload(["__main__" if __name__ == "__main__" else "benchmarks.crash"])
     counter = folder / "counter"
     counter.write_bytes(bytes(16))
     known, run = 0, folder / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from gradwatch.errors import RunCorruptError
 from gradwatch.storage.columns import Columns, SegmentColumns, read_columns
@@ -55,7 +56,10 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
     sealed = encode_steps(segment)
     disk.replace(run / STEPS / name, sealed)
     disk.remove(stream)
-    return int(written + sealed.size)
+    written += sealed.size
+    del segment, sealed
+    pa.default_memory_pool().release_unused()
+    return int(written)
 
 
 def seal_all(run: Path, disk: Disk) -> None:

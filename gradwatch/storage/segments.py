@@ -19,6 +19,10 @@ from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
 from gradwatch.storage.stream import DAMAGE, codes, measured
 
 
+#: More than any writer puts into a segment; a file that says so is damaged.
+_MOST_ROWS = 1 << 27
+
+
 @dataclass(frozen=True, slots=True)
 class Numbers:
     """Metrics of n steps by name, float64 of shape (n,); where asked for, `stage` and `skip_reason` as in a batch."""
@@ -99,6 +103,8 @@ class SealedSegment:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
         values = np.empty((len(names), len(rows)), np.float32)
         with damage_in(self._steps if statistic == GRAD_NORM else self._samples):
+            if table is not None and table.num_rows != len(rows):
+                raise ValueError("rows are missing")
             for row, column in zip(values, wanted, strict=True):
                 row[:] = measured(table.column(column))
         if statistic != GRAD_NORM and len(rows):
@@ -133,7 +139,14 @@ class SealedSegment:
             if path == self._steps and self._layout is None:
                 self._layout = Layout.from_metadata(file.metadata.metadata)
                 self._rows = file.metadata.num_rows
-            return file.read(columns=columns, use_threads=False) if columns else None
+            if not 0 <= file.metadata.num_rows <= _MOST_ROWS:
+                raise ValueError(f"{file.metadata.num_rows} rows")
+            if not columns:
+                return None
+            table = file.read(columns=columns, use_threads=False)
+            if table.num_rows != file.metadata.num_rows or not set(columns) <= set(table.column_names):
+                raise ValueError("rows or columns are missing")
+            return table
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from gradwatch.storage.open_segment import OpenSegment
 from gradwatch.storage.sealing import seal
 
 #: An open segment is sealed when it holds this many bytes or rows, or is this old (seconds).
-SEAL_BYTES, SEAL_ROWS, SEAL_SECONDS = 16 << 20, 1 << 16, 3600.0
+SEAL_BYTES, SEAL_ROWS, SEAL_SECONDS = 8 << 20, 1 << 16, 3600.0
 
 
 class Store:

@@ -24,6 +24,7 @@ CHECKSUM = "crc32"
 #: What damaged bytes may raise on the way through Arrow.
 DAMAGE = (
     pa.ArrowException,
+    MemoryError,
     OSError,
     ValueError,
     KeyError,

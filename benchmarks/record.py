@@ -1,0 +1,206 @@
+"""What recording costs, how large a run gets, how fast it opens. Prints tables, writes JSON.
+
+python -m benchmarks.record cost
+python -m benchmarks.record size --steps 1000000 --parameters 300
+python -m benchmarks.record soak --steps 200000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import machine
+from gradwatch.records import METRICS, Parameter, RunInfo, StepBatch
+from gradwatch.writer import RunWriter
+
+_READ = """
+import sys, time, json, resource
+import gradwatch as gw
+from gradwatch.run import Run
+def timed(work):
+    begin = time.perf_counter(); work(); return round(time.perf_counter() - begin, 3)
+found = {}
+path = sys.argv[1]
+found["load, first in the process (imports pyarrow)"] = timed(lambda: gw.load(path))
+found["load"] = timed(lambda: gw.load(path))
+run = gw.load(path)
+found["summary"] = timed(run.summary)
+found["heatmap"] = timed(run.plot.heatmap)
+found["report"] = timed(lambda: run.report(sys.argv[2]))
+found["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(json.dumps(found))
+"""
+
+
+def rss() -> float:
+    """Resident memory of this process in MB."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def cost(steps: int, parameters: int, step_ms: float) -> dict[str, Any]:
+    """Time in `write` per step, on a training thread that works in native code between steps.
+
+    The same loop without the writer, interleaved in blocks, gives the noise of the machine.
+    """
+    columns = tuple(Parameter(f"layers.{i}.weight", depth=i) for i in range(parameters))
+    rng = np.random.default_rng(0)
+    norms = rng.lognormal(size=(200, 1, parameters)).astype(np.float32)
+    matrix = rng.random((96, 96))
+    taken, sealing, idle = [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        before = rss()
+        writer = RunWriter(Path(folder) / "run", RunInfo(columns))
+        for step in range(steps):
+            end = time.perf_counter() + step_ms / 1000
+            while time.perf_counter() < end:
+                matrix @ matrix
+            metrics = {name: np.array([0.5]) for name in METRICS}
+            batch = StepBatch(columns, np.array([step]), norms[step % 200].copy(), metrics)
+            recorder = writer._recorder  # noqa: SLF001 -- whether it seals right now
+            is_sealing = recorder is not None and recorder.store.has_ended
+            begin = time.perf_counter()
+            writer.write(batch)
+            spent = time.perf_counter() - begin
+            taken.append(spent)
+            if is_sealing:
+                sealing.append(spent)
+            begin = time.perf_counter()
+            batch.metric("loss")
+            idle.append(time.perf_counter() - begin)
+        added = rss() - before
+        writer.close()
+
+    def table(times: list[float]) -> dict[str, float]:
+        micro = np.array(times) * 1e6
+        percentiles = dict(zip(("median", "p99", "p99.9"), np.percentile(micro, [50, 99, 99.9]), strict=True))
+        return {
+            "mean": float(micro.mean()),
+            **{k: float(v) for k, v in percentiles.items()},
+            "worst": float(micro.max()),
+        }
+
+    return {
+        "steps": steps,
+        "parameters": parameters,
+        "microseconds, all steps": table(taken),
+        "steps while sealing": len(sealing),
+        "microseconds, while sealing": table(sealing or [0.0]),
+        "microseconds, an empty call in the same loop": table(idle),
+        "resident MB added": round(added, 1),
+        "dropped": writer.dropped_steps,
+    }
+
+
+def size(steps: int, parameters: int) -> dict[str, Any]:
+    """Bytes and memory of a synthetic run, and how fast it opens."""
+    from gradwatch.testing import write_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        begin, samples = time.perf_counter(), [rss()]
+        stop = threading.Event()
+        watcher = threading.Thread(target=_sample, args=(samples, stop))
+        watcher.start()
+        write_run(run, steps=steps, parameters=parameters)
+        stop.set()
+        watcher.join()
+        seconds = time.perf_counter() - begin
+        total = {name: _bytes(run / name) for name in ("steps", "samples", "rollups", "")}
+        code = [sys.executable, "-c", _READ, str(run), f"{folder}/report.html"]
+        read = json.loads(subprocess.run(code, check=True, capture_output=True, text=True).stdout)  # noqa: S603
+    half = len(samples) // 2
+    return {
+        "steps": steps,
+        "parameters": parameters,
+        "seconds to write": round(seconds, 1),
+        "bytes a value": {name or "all": round(n / steps / parameters, 3) for name, n in total.items()},
+        "resident MB: second quarter, last quarter": [
+            round(float(np.mean(samples[half // 2 : half])), 1),
+            round(float(np.mean(samples[-half // 2 :])), 1),
+        ],
+        "seconds": read,
+    }
+
+
+def _sample(samples: list[float], stop: threading.Event) -> None:
+    while not stop.wait(0.2):
+        samples.append(rss())
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def soak(steps: int) -> dict[str, Any]:
+    """A small real training with all on: slope of memory, threads and handles."""
+    import torch
+
+    import gradwatch as gw
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    points = []
+    with tempfile.TemporaryDirectory() as folder:
+        watcher = gw.watch(model, optimizer, run_dir=f"{folder}/run", actions=[gw.Clip(max_norm=1.0), gw.SkipStep()])
+        begin = time.perf_counter()
+        for step in range(steps):
+            x = torch.randn(8, 16)
+            optimizer.zero_grad()
+            loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            watcher.log(loss=loss)
+            if step % (steps // 100) == 0:
+                handles = len(list(Path("/proc/self/fd").iterdir()))
+                points.append((step, rss() * 1000, threading.active_count(), handles))
+        seconds = time.perf_counter() - begin
+        watcher.close()
+    later = np.array(points[len(points) // 4 :])
+    return {
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "kB per 1000 steps (last three quarters)": round(float(np.polyfit(later[:, 0], later[:, 1], 1)[0] * 1000), 3),
+        "resident MB, every tenth": [round(float(p[1]) / 1000, 1) for p in points[::10]],
+        "threads": sorted({int(n) for n in later[:, 2]}),
+        "handles": sorted({int(n) for n in later[:, 3]}),
+    }
+
+
+def main() -> int:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["cost", "size", "soak"])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--parameters", type=int)
+    parser.add_argument("--step-ms", type=float, default=1.0)
+    options = parser.parse_args()
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "cost": lambda: cost(options.steps or 20_000, options.parameters or 1000, options.step_ms),
+        "size": lambda: size(options.steps or 1_000_000, options.parameters or 300),
+        "soak": lambda: soak(options.steps or 200_000),
+    }
+    result = {**machine(), "command": " ".join(sys.argv[1:]), "load": os.getloadavg(), **work[options.what]()}
+    name = f"record-{options.what}" + (f"-{options.parameters}" if options.parameters else "")
+    Path(f"benchmarks/results/{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

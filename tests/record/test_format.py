@@ -1,0 +1,89 @@
+"""`docs/record-format.md` says enough: its snippets read a run without gradwatch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from gradwatch.reader import RunReader
+from gradwatch.testing import write_run
+from tests.record.building import PARAMETERS, batch_of, store_at
+
+TEXT = (Path(__file__).parents[2] / "docs" / "record-format.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunReader:
+    monkeypatch.chdir(tmp_path)
+    return RunReader(write_run("run", steps=3000, parameters=4, scenario="spike"))
+
+
+def test_the_sql_reads_the_sealed_steps(run: RunReader) -> None:
+    duckdb = pytest.importorskip("duckdb")
+
+    rows = duckdb.sql(snippets("sql")[0]).fetchall()
+
+    norms = run.grad_norms()["layers.0.weight"]
+    assert [row[0] for row in rows] == list(range(3000))
+    np.testing.assert_array_equal(np.array([row[2] for row in rows], np.float32), norms.to_numpy())
+
+
+def test_the_sql_finds_the_worst_norm_in_the_rollups(run: RunReader) -> None:
+    duckdb = pytest.importorskip("duckdb")
+
+    rows = duckdb.sql(snippets("sql")[1]).fetchall()
+
+    assert {row[0]: np.float32(row[1]) for row in rows} == run.grad_norms().max().to_dict()
+
+
+def test_the_sql_of_a_resumed_run_takes_the_last_row_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    monkeypatch.chdir(tmp_path)
+    for seed, resume in ((0, False), (1, 10)):
+        store = store_at(tmp_path / "run", resume=resume)
+        store.append(batch_of(range(int(resume), 30), seed=seed))
+        store.finish("finished")
+        store.release()
+
+    rows = duckdb.sql(snippets("sql")[2]).fetchall()
+
+    assert [row[1] for row in rows] == RunReader("run").metrics()["loss"].tolist()
+
+
+def test_polars_reads_the_sealed_steps(run: RunReader) -> None:
+    polars = pytest.importorskip("polars")
+    names: dict[str, Any] = {"pl": polars}
+
+    exec(snippets("polars")[0], names)
+
+    assert names["weight"]["grad_norm/layers.0.weight"].to_list() == run.grad_norms()["layers.0.weight"].tolist()
+
+
+def test_polars_reads_the_open_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    polars = pytest.importorskip("polars")
+    monkeypatch.chdir(tmp_path)
+    store = store_at(tmp_path / "run")
+    store.append(batch_of(range(20)))
+    names: dict[str, Any] = {"pl": polars, "pa": pa, "json": json, "Path": Path}
+
+    exec(snippets("polars")[1], names)
+    store.release()
+
+    assert names["tail"].columns == ["step", *(p.name for p in PARAMETERS)]
+    assert names["tail"]["layers.1.weight"].to_list() == batch_of(range(20)).grad_norm[:, 2].tolist()
+
+
+@pytest.mark.parametrize("name", ["run.json", "events.jsonl", "steps", "rollups", "writer.lock"])
+def test_the_page_names_every_file_of_a_run(run: RunReader, name: str) -> None:
+    assert (run.path / name).exists()
+    assert name in TEXT
