@@ -22,7 +22,7 @@ ROWS = (
     ("actions.base", "detectors.base", "remedies", "rows", "probes", "provenance", "storage"),
     ("diagnosis",),
     ("writer", "reader", "detectors", "actions", "alerts", "sinks", "backends"),
-    ("monitor", "reporters"),
+    ("monitor", "reporters", "compact", "export", "imports"),
     ("run", "settings", "watchdog"),
     ("watcher",),
     ("integrations",),

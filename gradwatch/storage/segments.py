@@ -18,7 +18,6 @@ from gradwatch.storage.arrow import plain
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
 from gradwatch.storage.stream import DAMAGE, codes, measured
 
-
 #: More than any writer puts into a segment; a file that says so is damaged.
 _MOST_ROWS = 1 << 27
 

@@ -64,7 +64,7 @@ def test_polars_reads_the_sealed_steps(run: RunReader) -> None:
     polars = pytest.importorskip("polars")
     names: dict[str, Any] = {"pl": polars}
 
-    exec(snippets("polars")[0], names)
+    exec(snippets("polars")[0], names)  # noqa: S102 -- code of our own documentation
 
     assert names["weight"]["grad_norm/layers.0.weight"].to_list() == run.grad_norms()["layers.0.weight"].tolist()
 
@@ -76,7 +76,7 @@ def test_polars_reads_the_open_segment(tmp_path: Path, monkeypatch: pytest.Monke
     store.append(batch_of(range(20)))
     names: dict[str, Any] = {"pl": polars, "pa": pa, "json": json, "Path": Path}
 
-    exec(snippets("polars")[1], names)
+    exec(snippets("polars")[1], names)  # noqa: S102 -- as above
     store.release()
 
     assert names["tail"].columns == ["step", *(p.name for p in PARAMETERS)]

@@ -1,4 +1,7 @@
-"""Whatever bytes are in the files of a run: it reads, or fails with an error of ours. `GRADWATCH_FUZZ` sets how often."""
+"""Whatever bytes are in the files of a run: it reads, or fails with an error of ours.
+
+`GRADWATCH_FUZZ` and `GRADWATCH_FUZZ_SEED` set how often and which.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def read_all(path: Path) -> None:
     _ = run.info, run.processes, run.steps, len(run), run.span, run.metric_names, run.statistic_names
     for _batch in run.batches():
         pass
-    run.grad_norms(), run.metrics(), run.parameters(), run.findings(), run.actions(), run.marks()  # noqa: B018
+    run.grad_norms(), run.metrics(), run.parameters(), run.findings(), run.actions(), run.marks()
     for statistic in ("grad_norm", "weight_norm", "metric"):
         run.rollup(10, statistic)
     run.statistic("activation_mean")
@@ -80,7 +83,7 @@ def test_damaged_files_raise_only_errors_of_ours(tmp_path: Path) -> None:
     small_run(whole)
     files = sorted(file.relative_to(whole) for file in whole.rglob("*") if file.is_file() and file.suffix != ".lock")
     shutil.copytree(whole, run)
-    draw = random.Random(int(os.environ.get("GRADWATCH_FUZZ_SEED", "0")))
+    draw = random.Random(int(os.environ.get("GRADWATCH_FUZZ_SEED", "0")))  # noqa: S311 -- no secrets
     try:
         for number in range(ROUNDS):
             name = files[number % len(files)]

@@ -53,7 +53,7 @@ def test_nothing_there_is_not_found(tmp_path: Path) -> None:
 def test_a_directory_of_something_else_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
 
-    with pytest.raises(RunNotFoundError, match="it has no run.json"):
+    with pytest.raises(RunNotFoundError, match=r"it has no run\.json"):
         RunReader(tmp_path)
 
 
@@ -132,7 +132,7 @@ def test_layers_are_picked_by_pattern_or_name(run: RunReader) -> None:
 
 
 def test_a_layer_that_matches_nothing_is_named(run: RunReader) -> None:
-    with pytest.raises(UnknownNameError, match="unknown layer 'layer.0'; did you mean 'layers.0'"):
+    with pytest.raises(UnknownNameError, match=r"unknown layer 'layer\.0'; did you mean 'layers\.0'"):
         run.grad_norms(layers="layer.0")
 
 
