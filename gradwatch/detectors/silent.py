@@ -52,7 +52,7 @@ class Dead(Rule):
         self.counting = True
         self.count = np.where(now.zero, self.count + 1, np.where(now.absent, self.count, 0))
         everything = bool((now.zero | now.absent).all()) and bool(now.zero.any())
-        soon = everything and now.course.known
+        soon = everything and (now.course.known or int(self.count.max()) > now.index)
         layers = self.count >= (self.all_patience if soon else self.patience)
         if not layers.any():
             return None

@@ -23,8 +23,8 @@ class UpdateRatio(Rule):
 
     The ratio is ‖Δw‖/‖w‖ over matrices, as sampled. Signs, all warnings:
 
-    - *jump*: one update changed a layer by `jump_ratio`, in a network of several layers. Healthy ones stayed below
-      0.25.
+    - *jump*: one update changed a layer by `jump_ratio`, in a network of several layers, and the loss rose before the
+      next sample, where it is known.
     - *now*: above `high` in two samples and the loss does not fall.
     - *soon*: the learning rate is higher than it ever was and rising, and the last three samples, continued for
       `horizon` steps on a line (on an exponential if their growth does not slow down), pass `high`.
@@ -53,20 +53,27 @@ class UpdateRatio(Rule):
     held = Kept("")
     forecast = Kept(math.nan)
     earlier = Kept(math.nan)
+    bar = Kept(math.inf)
+    since = Kept(0)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while updates are or will be too large."""
         pace = now.pace
         if pace.fresh:
             self.held = self._judge(now)
-            self.earlier = pace.previous
-        if not self.held:
+            self.earlier, self.since = pace.previous, now.step
+            if self.held == "jump" and now.course.known:
+                self.held, self.bar = "waiting", _bar(now)
+        if self.held == "waiting" and now.has_loss and not now.loss <= self.bar:  # true of NaN
+            self.held = "jump"
+        if self.held in ("", "waiting"):
             return None
         largest = float(np.fmax.reduce(pace.ratio))
         limit = self.jump_ratio if self.held == "jump" else self.high if self.held != "risky" else self.risky
         value = {"jump": largest, "now": pace.total, "soon": self.forecast, "risky": pace.total}[self.held]
         return Sign(
             severity="warning", badness=math.log(value), value=value, threshold=limit, layers=pace.ratio > limit,
+            since=self.since if self.held == "jump" else None,
             scores=np.nan_to_num(pace.ratio, nan=-math.inf),
             facts=lambda: {
                 "sign": self.held, "ratio": pace.total, "largest_ratio": largest,
@@ -109,6 +116,12 @@ class UpdateRatio(Rule):
             f"Each update changes the weights by {finding.value:.2g} of their norm since step {step} "
             f"(a healthy run is near 0.001, the limit is {finding.threshold:g}) and the loss does not fall."
         )
+
+
+def _bar(now: Signals) -> float:
+    """What the loss stays below when a step did no harm."""
+    course = now.course
+    return max(now.loss, course.fast) + 2 * course.noise + 0.02 * course.scale
 
 
 def _extrapolated(first: float, second: float, third: float, samples: float) -> float:
