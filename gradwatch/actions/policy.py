@@ -63,7 +63,7 @@ class Policy:
         self._course = Course()
         self._open: dict[str, Finding] = {}
         self._trial: Trial | None = None
-        self._failed_in_row = 0
+        self._failed_in_row = self._fresh_from = 0
         self._given_up: list[str] = []
         self._news: list[ActionRecord] = []
         self._count = 0
@@ -77,7 +77,9 @@ class Policy:
             losses: Of the steps since the last call.
         """
         self._follow(step, findings)
-        self._course.take(losses, self.state)
+        known = list(losses)
+        # Losses of steps before the present weights say nothing about them.
+        self._course.take(known[max(0, len(known) - max(0, step - self._fresh_from)) :], self.state)
         self._judge(step)
         if self._trial is not None:
             return None
@@ -105,6 +107,7 @@ class Policy:
         if due.action.renews and not self.dry_run:
             self._open.clear()
             self._course.renew()
+            self._fresh_from = step
         if due.action.begins_anew and not self.dry_run:
             self._begin_anew(step)
         return record
@@ -267,6 +270,7 @@ class Policy:
             "open": [finding.to_json() for finding in self._open.values()],
             "trial": self._trial.to_json() if self._trial else None,
             "failed_in_row": self._failed_in_row,
+            "fresh_from": self._fresh_from,
             "given_up": list(self._given_up),
             "count": self._count,
         }
@@ -279,7 +283,8 @@ class Policy:
         self._course.load_state_dict(state["course"])
         self._open = {data["id"]: Finding.from_json(data) for data in state["open"]}
         self._trial = Trial.from_json(state["trial"]) if state["trial"] else None
-        self._failed_in_row, self._given_up = state["failed_in_row"], list(state["given_up"])
+        self._failed_in_row, self._fresh_from = state["failed_in_row"], state["fresh_from"]
+        self._given_up = list(state["given_up"])
         self._count = state["count"]
 
 

@@ -178,7 +178,7 @@ def _output_activations(model: nn.Module) -> set[str]:
 
 
 def _kinds(old: Kind) -> list[str | type[nn.Module]]:
-    kinds = [old] if isinstance(old, (str, type)) else list(old)
+    kinds: list[Any] = list(old) if isinstance(old, (list, tuple)) else [old]
     for kind in kinds:
         if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise ConfigurationError.of("old", "a class of torch modules or its name", kind)

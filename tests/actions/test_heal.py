@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradwatch.errors import ConfigurationError
+from gradwatch.heal import Candidate, Healing, heal
+
+
+class DeepSigmoids:
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [module for _ in range(10) for module in (nn.Linear(5, 5), nn.Sigmoid())]
+        self.model = nn.Sequential(nn.Linear(2, 5), nn.Sigmoid(), *layers, nn.Linear(5, 1), nn.Sigmoid())
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)
+        self.x = torch.randn(64, 2)
+        self.y = (self.x[:, :1] > 0).float()
+
+    def step(self, k: int) -> Tensor:
+        self.optimizer.zero_grad()
+        loss: Tensor = (self.model(self.x) - self.y).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def healed() -> Healing:
+    return heal(DeepSigmoids, budget_steps=600, progress=False)
+
+
+def test_the_best_remedy_learns_where_the_sick_run_does_not() -> None:
+    healing = healed()
+
+    losses = {fork.candidate.name: fork.loss for fork in healing.forks}
+    assert (healing.best.loss < 0.15, losses["none"] > 0.2) == (True, True)
+    assert healing.steps <= 600
+
+
+def test_the_same_search_ends_the_same() -> None:
+    assert [fork.losses for fork in healed().forks] == [fork.losses for fork in healed().forks]
+
+
+def test_the_best_goes_on_where_its_fork_ended() -> None:
+    best = healed().best
+    steps, loss = best.steps, best.loss
+
+    best.run(100)
+
+    assert (best.steps, best.loss < loss) == (steps + 100, True)
+
+
+def test_an_interrupted_search_ranks_what_there_is() -> None:
+    class Impatient(DeepSigmoids):
+        def step(self, k: int) -> Tensor:
+            if k == 10:
+                raise KeyboardInterrupt
+            return super().step(k)
+
+    healing = heal(
+        Impatient, budget_steps=600, candidates=[Candidate("none"), Candidate("less", lr_factor=0.1)], progress=False
+    )
+
+    assert {fork.candidate.name for fork in healing.forks} == {"none", "less"}
+
+
+def test_a_remedy_that_does_not_apply_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    healing = healed()
+
+    healing.show()
+
+    assert next(f.failed for f in healing.forks if f.candidate.name == "output mended") == "nothing to change"
+    assert "nothing to change" in capsys.readouterr().out
+
+
+def test_a_budget_below_one_step_a_candidate_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"'budget_steps' must be >= 10 .*: 3"):
+        heal(DeepSigmoids, budget_steps=3, progress=False)
