@@ -13,8 +13,6 @@ import keras
 import numpy as np
 
 from gradwatch.actions.base import BetweenStepsAction, Due
-from gradwatch.actions.renewal import Reinitialize, ResetOptimizerState, Restructure, Stop
-from gradwatch.actions.rollback import Rollback
 from gradwatch.backends.keras_fill import fresh_value, owners_of
 from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_values import Array, Values
@@ -56,11 +54,11 @@ class KerasActions:
     ) -> None:
         self._model, self._columns, self._optimizers = model, columns, list(optimizers)
         self._rng = np.random.default_rng()
-        self._rollback = next((action for action in actions if isinstance(action, Rollback)), None)
+        self._rollback: Any = next((action for action in actions if action.name == "Rollback"), None)
         on_disk = self._rollback is not None and self._rollback.where == "disk"
         self._folder = run_dir / "snapshots" if on_disk else None
         self._ring: deque[_Snapshot] = deque(maxlen=self._rollback.keep if self._rollback else 1)
-        if any(isinstance(action, Restructure) for action in actions):
+        if any(action.name == "Restructure" for action in actions):
             raise ConfigurationError("'Restructure' changes PyTorch models only, not Keras models")
 
     def values(self, state: Any) -> Values:
@@ -91,16 +89,17 @@ class KerasActions:
         Raises:
             CannotApplyError: It cannot be done.
         """
-        action, values, done = due.action, self.values(state), ""
-        if isinstance(action, Rollback):
+        action: Any = due.action
+        values, done = self.values(state), ""
+        if action.name == "Rollback":
             done = self._roll_back(due, values)
-        elif isinstance(action, ResetOptimizerState):
+        elif action.name == "ResetOptimizerState":
             done = f"state of {values.forget(self._chosen(due.layers))} variables"
             if not due.layers:
                 values.restart_counts()
-        elif isinstance(action, Reinitialize):
+        elif action.name == "Reinitialize":
             done = self._initialize(due.layers, action.scheme, values)
-        elif isinstance(action, Stop):
+        elif action.name == "Stop":
             self._model.stop_training = True
         return values.state, done
 
