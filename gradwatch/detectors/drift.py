@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradwatch.detectors import wording
 from gradwatch.detectors.memory import Kept, Mask, PerLayer, Remembers
-from gradwatch.detectors.trend import BLOCKS, WINDOW, Trend
+from gradwatch.detectors.trend import BLOCKS, LEAST_LAYERS, WINDOW, Trend
+
+if TYPE_CHECKING:
+    from gradwatch.detectors.signals import Signals
 
 #: A drift must be this many times as steep as slopes usually are in this run.
 UNUSUAL = 2.0
@@ -69,15 +72,29 @@ class Drift(Remembers):
         return found
 
 
-def facts(slope: float, total: float) -> dict[str, Any]:
-    """What a drift at this slope means."""
+def facts(slope: float, now: Signals, layers: Mask) -> dict[str, Any]:
+    """What a drift of these layers at this slope means, and when the first of them overflows its data type."""
+    trend = now.trend
     return {
         "sign": "drift",
         "drifted": True,
         "per_step": math.expm1(slope),
         "over_steps": WINDOW,
         "factor": math.exp(slope * WINDOW),
+        "relative": len(layers) >= LEAST_LAYERS,
         "doubling_steps": math.log(2) / slope if slope > 0 else None,
         "halving_steps": -math.log(2) / slope if slope < 0 else None,
-        "norm": wording.exp(total) if math.isfinite(total) else None,
+        "overflow_steps": _overflow(now, layers) if slope > 0 else None,
+        "norm": wording.exp(float(np.fmax.reduce(trend.blocks[-1][layers] + trend.course[-1], initial=-math.inf))),
     }
+
+
+def _overflow(now: Signals, layers: Mask) -> float | None:
+    """Steps until the first of these layers' norms leaves the range of its data type; None when they do not grow."""
+    trend = now.trend
+    names = now.context.layers.names
+    half = {p.layer for p in now.context.parameters if p.dtype == "float16"}
+    limits = np.array([math.log(65504.0 if name in half else 3.4e38) for name in names])
+    speed = trend.slope + trend.common
+    left = (limits - trend.blocks[-1] - trend.course[-1])[layers & (speed > 0)] / speed[layers & (speed > 0)]
+    return float(np.ceil(left.min())) if len(left) else None

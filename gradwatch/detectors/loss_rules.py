@@ -98,11 +98,12 @@ class Divergence(Rule):
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""
         facts = finding.evidence
-        first, best = facts.get("first_loss", math.nan), facts.get("best_loss") or math.nan
+        first, best = facts.get("first_loss", math.nan), facts.get("best_loss")
         verb = {"growth": "rises steadily", "relapse": "has risen"}.get(facts.get("sign", ""), "diverges")
+        at_best = f" and {best:.4g} at its best (step {facts.get('best_step', 0)})" if best is not None else ""
         return (
-            f"The loss {verb} since step {finding.first_step}: {finding.value:.4g}, against {first:.4g} at the start "
-            f"and {best:.4g} at its best (step {facts.get('best_step', 0)})."
+            f"The loss {verb} since step {finding.first_step}: {finding.value:.4g}, "
+            f"against {first:.4g} at the start{at_best}."
         )
 
 

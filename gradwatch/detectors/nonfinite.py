@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from gradwatch.detectors import wording
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept
 from gradwatch.detectors.rule import Rule, threshold
@@ -112,7 +113,7 @@ class NonFinite(Rule):
             what = f"Weights became {kind} {since}: {', '.join(facts.get('bad_weights', ())[:3])}"
         else:
             what = f"The gradient became {kind} {since}, first in {facts.get('first_bad_layer')!r} (backward order)"
-        more = f"; {facts['finite_count']} layers were still finite" if facts.get("finite_count") else ""
+        more = f"; {wording.layers(facts['finite_count'])} still finite" if facts.get("finite_count") else ""
         kept = "; the step was skipped, the weights are unharmed" if finding.severity == "warning" else ""
         return f"{what}{more}{kept}."
 

@@ -105,16 +105,14 @@ class UpdateRatio(Rule):
             return f"One update at step {step} changed the weights{where} by {finding.value:.0%} of their norm."
         if sign in ("soon", "risky"):
             growth = math.expm1(facts.get("lr_growth", 0.0))
-            ahead = (
-                f": within {facts.get('horizon')} steps they will reach {finding.value:.2g}" if sign == "soon" else ""
-            )
+            ahead = f": within {facts.get('horizon')} steps that will be {finding.value:.0%}" if sign == "soon" else ""
             return (
                 f"The learning rate grows {growth:.1%} a step and is higher than ever in this run; at step {step} an "
-                f"update changes the weights by {facts.get('ratio', math.nan):.2g} of their norm{ahead}."
+                f"update changes the weights by {facts.get('ratio', math.nan):.1%} of their norm{ahead}."
             )
         return (
-            f"Each update changes the weights by {finding.value:.2g} of their norm since step {step} "
-            f"(a healthy run is near 0.001, the limit is {finding.threshold:g}) and the loss does not fall."
+            f"Each update changes the weights by {finding.value:.0%} of their norm since step {step} "
+            f"(0.1% is healthy, {finding.threshold:.0%} the limit) and the loss does not fall."
         )
 
 
@@ -219,7 +217,8 @@ class Stall(Rule):
         """One sentence for a person."""
         everywhere = finding.evidence.get("everywhere")
         place = "the weights" if everywhere else f"the weights{wording.where(finding)}"
+        much = f"by only {finding.value:.1g} of their norm" if finding.value > 0 else "not at all"
         return (
-            f"Updates change {place} by only {finding.value:.1g} of their norm since step {finding.first_step}, "
+            f"Updates change {place} {much} since step {finding.first_step}, "
             f"although there is a gradient: nothing is learnt there."
         )

@@ -150,7 +150,7 @@ class Vanishing(Rule):
             layers=drift.active,
             scores=-trend.slope * WINDOW,
             since=max(0, now.step - WINDOW + 1),
-            facts=lambda: drift_facts(slope, now.total),
+            facts=lambda: drift_facts(slope, now, drift.active),
         )
 
     def words(self, finding: Finding) -> str:

@@ -27,9 +27,17 @@ def drift(verb: str, place: str, finding: Finding) -> str:
     facts = finding.evidence
     factor, steps = facts.get("factor", math.nan), facts.get("over_steps", 0)
     times = facts.get("doubling_steps") or facts.get("halving_steps") or math.nan
-    change = "twice as large" if verb == "grow" else "halved"
+    change = f"twice as large every {times:.0f} steps" if verb == "grow" else f"halved every {times:.0f} steps"
     size = f"{factor:.3g} times" if factor >= 1 else f"to 1/{1 / factor:.3g}"
+    against = " against the other layers" if facts.get("relative") else ""
+    overflow = facts.get("overflow_steps")
+    ahead = f"; at this rate they overflow in {overflow:,.0f} steps" if overflow is not None else ""
     return (
-        f"Gradients{place} {verb} {abs(finding.value):.1%} a step against the other layers "
-        f"since step {finding.first_step} ({size} in {steps} steps): {change} every {times:.0f} steps."
+        f"Gradients{place} {verb} {abs(finding.value):.1%} a step{against} since step {finding.first_step} "
+        f"({size} in {steps} steps): {change}{ahead}."
     )
+
+
+def layers(count: int) -> str:
+    """A number of layers in words."""
+    return "1 layer was" if count == 1 else f"{count} layers were"

@@ -43,6 +43,8 @@ TERMS: dict[str, dict[str, str]] = {
     },
 }
 
+#: Norms above this many times the first are no measure of what is usual: the run was out of hand.
+USUAL = 30.0
 #: The largest slope of an activation.
 SLOPES = {"Sigmoid": "0.25", "Tanh": "1", "Softsign": "1", "Hardtanh": "1", "Hardsigmoid": "0.17"}
 
@@ -82,10 +84,19 @@ def _number(value: float) -> str:
 
 
 def _clip(symptoms: Symptoms) -> tuple[str, str]:
-    """A norm to clip to, and the share of steps below it; empty while too few steps are known."""
+    """A norm to clip to, and the share of steps below it; empty where clipping is no help or nothing usual is known."""
+    if symptoms.finding.rule == "nonfinite":
+        return "", ""
     if symptoms.below_one >= 0.9:
         return "1.0", f"{symptoms.below_one:.0%}"
-    return (f"{symptoms.norm_quantile:.2g}", "95%") if math.isfinite(symptoms.norm_quantile) else ("", "")
+    usual = symptoms.norm_quantile < USUAL * symptoms.first_norm
+    return (_rounded(symptoms.norm_quantile), "95%") if usual else ("", "")
+
+
+def _rounded(value: float) -> str:
+    """One digit that counts, without an exponent where a person would write none."""
+    rounded = float(f"{value:.0e}")
+    return f"{rounded:.0f}" if 1 <= rounded < 1e5 else f"{rounded:g}"
 
 
 def _rates(symptoms: Symptoms) -> dict[str, str]:
