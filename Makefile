@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # What the tests need besides the package; add a framework's extra here to test against it.
-EXTRAS := torch,demo,dev
+EXTRAS := torch,jax,lightning,transformers,ignite,alerts,tensorboard,prometheus,remote,serve,demo,dev
 TORCH := torch==2.13.0
+# The build of TensorFlow without a GPU: the tests need no more.
+TENSORFLOW := tensorflow-cpu
 
 # The stamp's name carries what the environment was built from, so that a change builds it again and nothing else does.
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d' ' -f1)
@@ -53,7 +55,7 @@ clean: ## Remove the virtual environment, caches and everything built
 $(READY): | $(BIN)/python
 	@echo "Installing gradwatch and its tools into $(VENV) (once)"
 	@rm -f $(VENV)/.ready-*
-	$(PIP) $(TORCH) --editable ".[$(EXTRAS)]"
+	$(PIP) $(TORCH) $(TENSORFLOW) --editable ".[$(EXTRAS)]"
 	@touch $@
 
 $(READY_DOCS): $(READY)

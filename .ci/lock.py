@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
 # wandb and mlflow are missing: their pins on shared packages do not go together with the rest.
-EXTRAS = "torch,tensorflow,jax,lightning,transformers,ignite,tensorboard,alerts,prometheus,remote,serve,demo,dev,docs"
+EXTRAS = "torch,jax,lightning,transformers,ignite,tensorboard,alerts,prometheus,remote,serve,demo,bench,dev,docs"
 HEADER = "# Versions that the tests run with. Written by `make lock`; edit pyproject.toml instead.\n"
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     torch = re.search(r"^torch==\S+", CONSTRAINTS.read_text(), re.MULTILINE)
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
-        command += ["--report", report.name, f"{ROOT}[{EXTRAS}]", "hatchling"]
+        command += ["--report", report.name, f"{ROOT}[{EXTRAS}]", "tensorflow-cpu", "hatchling"]
         subprocess.run(command + ([torch.group()] if torch else []), check=True)  # noqa: S603 -- our own words only
         installed = json.loads(Path(report.name).read_bytes())["install"]
     versions = {item["metadata"]["name"]: item["metadata"]["version"].partition("+")[0] for item in installed}

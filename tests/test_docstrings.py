@@ -14,7 +14,13 @@ from tests import conftest
 from tests.sizes import PACKAGE
 
 #: Framework to the files that need it to be imported; the core needs none.
-NEEDS = {"torch": ("torch*.py",), "keras": ("keras*.py",)}
+NEEDS = {
+    "torch": ("torch*.py",),
+    "keras": ("keras*.py",),
+    "lightning": ("lightning.py",),
+    "transformers": ("transformers.py", "accelerate.py"),
+    "ignite": ("ignite.py",),
+}
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 

@@ -19,11 +19,20 @@ from torch.optim import Optimizer
 class GradientListener(Protocol):
     """Who wants to know that gradients are about to be changed, or were."""
 
-    def before_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None: ...
-    def after_change(self) -> None: ...
-    def before_unscale(self, optimizer: Optimizer, scale: Tensor) -> None: ...
-    def before_scaler_step(self, optimizer: Optimizer) -> None: ...
-    def after_scaler_step(self, optimizer: Optimizer, scale: Tensor) -> None: ...
+    def before_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+        """Gradients are about to be scaled to `max_norm`."""
+
+    def after_change(self) -> None:
+        """The change announced before is done."""
+
+    def before_unscale(self, optimizer: Optimizer, scale: Tensor) -> None:
+        """A `GradScaler` is about to divide the gradients of an optimizer."""
+
+    def before_scaler_step(self, optimizer: Optimizer) -> None:
+        """A `GradScaler` is about to step or not."""
+
+    def after_scaler_step(self, optimizer: Optimizer, scale: Tensor) -> None:
+        """It has decided."""
 
 
 _listeners: list[GradientListener] = []

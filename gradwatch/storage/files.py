@@ -35,7 +35,7 @@ class Files(Protocol):
         """Whether a writer is alive; None when that cannot be told from here."""
 
 
-class LocalFiles:
+class LocalFiles(Files):
     """A directory of this machine.
 
     Args:
@@ -82,7 +82,7 @@ class LocalFiles:
         return place
 
 
-class RemoteFiles:
+class RemoteFiles(Files):
     """A directory behind a URL.
 
     Args:

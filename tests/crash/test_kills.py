@@ -15,7 +15,7 @@ pytestmark = pytest.mark.framework("torch")
 
 FLUSH_EVERY = 20
 TRAINING = """
-import os, sys, torch, gradwatch as gw
+import os, sys, time, torch, gradwatch as gw
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -28,6 +28,7 @@ for step in range(10**9):
     optimizer.step()
     watcher.log(loss=loss)
     os.write(1, step.to_bytes(8, "little"))
+    time.sleep(0.003)  # of a model that is worth watching
 """
 
 
@@ -49,7 +50,7 @@ def killed_after(run_dir: Path, steps: int) -> int:
 @pytest.mark.parametrize("kill", range(10))
 def test_a_killed_run_opens_holds_all_but_the_tail_and_reports(tmp_path: Path, kill: int) -> None:
     run_dir = tmp_path / "run"
-    last = killed_after(run_dir, steps=10 + 199 * kill)
+    last = killed_after(run_dir, steps=5 + 61 * kill)
 
     run = load(run_dir)
 
