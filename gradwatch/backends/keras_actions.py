@@ -54,7 +54,8 @@ class KerasActions:
     ) -> None:
         self._model, self._columns, self._optimizers = model, columns, list(optimizers)
         self._rng = np.random.default_rng()
-        self._rollback: Any = next((action for action in actions if action.name == "Rollback"), None)
+        listed: list[Any] = list(actions)
+        self._rollback = next((action for action in listed if action.name == "Rollback"), None)
         on_disk = self._rollback is not None and self._rollback.where == "disk"
         self._folder = run_dir / "snapshots" if on_disk else None
         self._ring: deque[_Snapshot] = deque(maxlen=self._rollback.keep if self._rollback else 1)

@@ -238,7 +238,8 @@ def _unwrapped(model: keras.Model) -> Any:
 
 
 def _refuse(model: keras.Model) -> None:
-    if keras.backend.backend() == "jax" and keras.config.is_nnx_enabled():
+    is_nnx_enabled = getattr(keras.config, "is_nnx_enabled", lambda: False)  # Keras 3.8 and later
+    if keras.backend.backend() == "jax" and is_nnx_enabled():
         raise ModelError("Keras with NNX enabled cannot be watched: unset KERAS_NNX_ENABLED")
     if not isinstance(model, keras.Model):
         raise ModelError(f"'model' must be a Keras model: {type(model).__name__}")
