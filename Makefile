@@ -7,6 +7,8 @@ WORKERS ?= 2
 # What the tests need besides the package; add a framework's extra here to test against it.
 EXTRAS := torch,jax,lightning,transformers,ignite,alerts,tensorboard,prometheus,remote,serve,demo,dev
 TORCH := torch==2.13.0
+# Each backend of Keras is tested in processes of its own.
+KERAS_BACKENDS ?= tensorflow jax torch
 # The build of TensorFlow without a GPU: the tests need no more.
 TENSORFLOW := tensorflow-cpu
 
@@ -16,7 +18,7 @@ READY_DOCS := $(READY)-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format docs bench lock clean
+.PHONY: help setup demo test test-keras lint format docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +28,13 @@ setup: $(READY) ## Create the virtual environment in .venv
 demo: $(READY) ## Train on MNIST three times (healthy, sick, healed) and write a report; about two minutes
 	$(BIN)/gradwatch demo
 
-test: $(READY) ## Run the tests (ARGS="-k name" to choose, WORKERS=0 for one process)
+test: $(READY) test-keras ## Run the tests (ARGS="-k name" to choose, WORKERS=0 for one process)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-keras: $(READY) $(KERAS_BACKENDS:%=test-keras-%)
+
+test-keras-%: $(READY)
+	KERAS_BACKEND=$* $(BIN)/python -m pytest tests/keras -n $(WORKERS)
 
 lint: $(READY) ## Check format, lint rules, types and sizes
 	$(BIN)/ruff format --check --diff .

@@ -28,6 +28,22 @@ app = typer.Typer(
     epilog="Exit codes: 0 well; 1 'check' found something; 2 bad input or a run that cannot be read; 130 interrupted.",
 )  # fmt: skip
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from gradwatch import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _gradwatch(
+    _: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Flight recorder and autopilot of a training run."""
+
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 To = Annotated[
