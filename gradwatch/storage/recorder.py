@@ -23,6 +23,8 @@ logger = logging.getLogger("gradwatch")
 HEARTBEAT, SYNC = 15.0, 5.0
 #: Seconds between looks whether a pause after a failure is over, or the run ends.
 _GLANCE = 0.05
+#: Pauses between the last tries at the end of a run, while the disk fails.
+_LAST_TRIES = (0.1, 0.3, 0.6, 0.6)
 #: How long the end of a run waits for a disk that does not answer.
 _PATIENCE = 120.0
 #: At most so many bytes of rows go into one flush.
@@ -56,9 +58,13 @@ class Loop:
                 time.sleep(_GLANCE)
             self.wake.clear()
             self._trouble.round(self._work(self._trouble))
+        for pause in _LAST_TRIES:
+            if self._work(self._trouble):
+                return
+            time.sleep(pause)
 
     def end(self) -> bool:
-        """A last round; whether the thread is gone then, and does not hang in a call to the disk."""
+        """A last round, or some while the disk fails; whether the thread is gone then, and does not hang in a call."""
         self._is_ending = True
         self.wake.set()
         self._thread.join(_PATIENCE)
