@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.losses import LossCourse
 from gradwatch.detectors.memory import FloatArray, Kept, Mask, Part, PerLayer, Remembers
 from gradwatch.detectors.pace import Pace
@@ -70,6 +71,11 @@ class Signals(Remembers):
     opening = Part(Opening)
     sizes = Part(Sizes)
     stable_rate = Kept(math.nan)
+
+    def grow(self, context: RunContext) -> None:
+        """Go on with more parameters, whose baselines are not known yet."""
+        super().grow(context)
+        self.unknown = True
 
     @property
     def total_rise(self) -> float:

@@ -16,7 +16,7 @@ TERMS: dict[str, dict[str, str]] = {
         "kaiming": "Kaiming (He) initialisation",
         "xavier": "Xavier (Glorot) initialisation",
         "norm": "BatchNorm or LayerNorm",
-        "clip": "gw.Clip(max_norm={clip})",
+        "clipping": "gw.Clip(max_norm={clip})",
         "logits": "a loss that takes logits",
         "detach": "a stop-gradient",
         "zero": "clear the gradients before each backward pass",
@@ -26,7 +26,7 @@ TERMS: dict[str, dict[str, str]] = {
         "kaiming": "nn.init.kaiming_normal_(w, nonlinearity='relu')",
         "xavier": "nn.init.xavier_uniform_(w, gain=nn.init.calculate_gain('tanh'))",
         "norm": "nn.BatchNorm or nn.LayerNorm",
-        "clip": "clip_grad_norm_(model.parameters(), {clip}) or gw.Clip(max_norm={clip})",
+        "clipping": "clip_grad_norm_(model.parameters(), {clip}) or gw.Clip(max_norm={clip})",
         "logits": "nn.BCEWithLogitsLoss or nn.CrossEntropyLoss on logits",
         "detach": "a .detach(), a no_grad() block or .data",
         "zero": "call optimizer.zero_grad() before each backward pass",
@@ -36,7 +36,7 @@ TERMS: dict[str, dict[str, str]] = {
         "kaiming": "kernel_initializer='he_normal'",
         "xavier": "kernel_initializer='glorot_uniform'",
         "norm": "keras.layers.BatchNormalization or LayerNormalization",
-        "clip": "global_clipnorm={clip} in the optimizer or gw.Clip(max_norm={clip})",
+        "clipping": "global_clipnorm={clip} in the optimizer or gw.Clip(max_norm={clip})",
         "logits": "from_logits=True and no activation in the last layer",
         "detach": "ops.stop_gradient or trainable=False",
         "zero": "use a fresh GradientTape for each step",
@@ -69,7 +69,7 @@ def _fields(symptoms: Symptoms, framework: str) -> dict[str, str]:
     terms = TERMS.get(framework.partition("-")[0], TERMS[""])
     clip, below = _clip(symptoms)
     fields = {**terms, **_layers(symptoms), **_rates(symptoms), **_steps(symptoms)}
-    fields |= {"clip_call": terms["clip"].format(clip=clip or "1.0")}
+    fields |= {"clip_call": terms["clipping"].format(clip=clip or "1.0")}
     if clip:
         fields |= {"clip": clip, "below": below}
     gain = math.exp(-symptoms.first_drop / max(1, len(symptoms.layers) - 1))

@@ -1,0 +1,237 @@
+"""Each rule on the condition that it is for, and on what looks like it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from gradwatch.records import NOT_MEASURED
+from tests.detectors import streams
+
+
+def samples(steps: int, layers: int, **values: float) -> dict[str, np.ndarray]:
+    return {name: np.full((len(range(0, steps, 10)), layers), value) for name, value in values.items()}
+
+
+def test_a_healthy_run_is_silent() -> None:
+    steps = streams.batch(
+        streams.noisy(600, 8) * np.exp(-np.arange(600) / 200)[:, None],
+        loss=streams.falling(600),
+        lr=np.full(600, 1e-3),
+        statistics=samples(600, 8, weight_norm=1.0, update_ratio=1e-3),
+    )
+    assert not streams.alarms(streams.found(steps))
+
+
+def test_nonfinite_names_the_first_bad_layer_of_the_backward_pass() -> None:
+    norms = streams.noisy(40, 5)
+    norms[30, :4] = np.nan
+    finding = streams.found(streams.batch(norms, loss=streams.falling(40)))["nonfinite"][0]
+    assert (finding.severity, finding.first_step) == ("critical", 30)
+    assert finding.evidence["first_bad_layer"] == "layer3"
+    assert finding.evidence["finite_layers"] == ["layer4"]
+
+
+def test_nonfinite_blames_the_loss_when_the_loss_is_nan() -> None:
+    norms, loss = streams.noisy(40, 5), streams.falling(40)
+    norms[30:], loss[30:] = np.nan, np.nan
+    finding = streams.found(streams.batch(norms, loss=loss))["nonfinite"][0]
+    assert finding.evidence["direction"] == "forward"
+    assert "loss became NaN at step 30" in finding.message
+
+
+@pytest.mark.parametrize(("steps", "alarmed"), [(8, False), (40, True)])
+def test_steps_skipped_by_a_grad_scaler_alarm_only_when_they_do_not_end(steps: int, alarmed: bool) -> None:
+    norms, reason = streams.noisy(100, 4), np.zeros(100)
+    norms[:steps], reason[:steps] = np.inf, 3
+    found = streams.alarms(streams.found(streams.batch(norms, skip_reason=reason, loss=streams.falling(100))))
+    assert bool(found) is alarmed
+
+
+def test_a_skipped_nonfinite_step_is_a_warning() -> None:
+    norms, reason = streams.noisy(60, 4), np.zeros(60)
+    norms[30, 1], reason[30] = np.inf, 1
+    finding = streams.found(streams.batch(norms, skip_reason=reason))["nonfinite"][0]
+    assert finding.severity == "warning"
+
+
+def test_forty_layers_that_explode_are_one_finding() -> None:
+    norms = streams.noisy(120, 40)
+    norms[80:] *= 200
+    findings = streams.found(streams.batch(norms))["exploding"]
+    assert len(findings) == 1
+    assert len(findings[0].layers) == 40
+    assert findings[0].first_step == 80
+
+
+def test_a_finding_resolves_when_its_condition_is_over() -> None:
+    norms = streams.noisy(200, 4)
+    norms[80:90] *= 200
+    finding = streams.found(streams.batch(norms))["exploding"][0]
+    assert (finding.first_step, finding.last_step, finding.resolved_step) == (80, 89, 90)
+
+
+def test_a_single_outlier_is_a_spike_and_no_explosion() -> None:
+    norms = streams.noisy(120, 6)
+    norms[70] *= 500
+    found = streams.alarms(streams.found(streams.batch(norms)))
+    assert list(found) == ["spike"]
+    assert found["spike"][0].first_step == 70
+
+
+def test_heavy_tails_do_not_alarm() -> None:
+    rng = np.random.default_rng(0)
+    norms = streams.noisy(3000, 4) * (1 + rng.pareto(1.5, (3000, 1)))
+    assert not streams.alarms(streams.found(streams.batch(norms, loss=streams.falling(3000))))
+
+
+def test_deep_decay_over_depth_is_found_within_twenty_steps() -> None:
+    norms = streams.noisy(20, 12) * np.exp(-1.2 * np.arange(12)[::-1])
+    finding = streams.found(streams.batch(norms, loss=np.full(20, 0.69)))["vanishing"][0]
+    assert finding.severity == "warning"
+    assert finding.layers[0] == "layer0"
+    assert finding.first_step == 0
+
+
+def test_decay_over_depth_is_no_alarm_once_the_network_learns() -> None:
+    norms = streams.noisy(400, 12) * np.exp(-1.2 * np.arange(12)[::-1])
+    finding = streams.found(streams.batch(norms, loss=streams.falling(400)))["vanishing"][0]
+    assert finding.resolved_step is not None
+
+
+def test_a_converged_run_is_not_vanishing() -> None:
+    decay = np.exp(-np.arange(800) / 40)
+    norms = streams.noisy(800, 4) * decay[:, None]
+    assert not streams.alarms(streams.found(streams.batch(norms, loss=2 * decay**2)))
+
+
+def test_depth_is_the_order_of_execution_not_of_names() -> None:
+    parameters = streams.chain(12)[::-1]
+    norms = (streams.noisy(20, 12) * np.exp(-1.2 * np.arange(12)[::-1]))[:, ::-1]
+    found = streams.found(streams.batch(norms, parameters=parameters, loss=np.full(20, 0.69)))
+    assert found["vanishing"][0].layers[0] == "layer0"
+
+
+def test_growth_towards_the_input_at_the_first_step_is_an_imbalance() -> None:
+    norms = streams.noisy(5, 20) * np.exp(0.35 * np.arange(20)[::-1])
+    finding = streams.found(streams.batch(norms))["imbalance"][0]
+    assert finding.severity != "info"
+    assert finding.evidence["direction"] == "grow"
+    assert finding.value == pytest.approx(np.exp(0.35), rel=0.1)
+
+
+def test_a_zero_initialised_last_layer_is_not_dead() -> None:
+    norms = streams.noisy(100, 4)
+    norms[0, :3] = 0.0
+    norms[1:30, :3] *= np.linspace(0.01, 1, 29)[:, None]
+    assert not streams.alarms(streams.found(streams.batch(norms, loss=streams.falling(100))))
+
+
+def test_a_layer_at_zero_is_dead_and_a_frozen_one_is_not() -> None:
+    norms = streams.noisy(60, 4)
+    norms[20:, 1], norms[:, 2] = 0.0, NOT_MEASURED
+    parameters = [dataclasses.replace(p, trainable=p.depth != 2) for p in streams.chain(4)]
+    found = streams.alarms(streams.found(streams.batch(norms, parameters=parameters)))
+    assert list(found) == ["dead"]
+    assert found["dead"][0].layers == ("layer1",)
+
+
+def test_a_hinge_at_its_floor_is_not_dead() -> None:
+    norms, loss = streams.noisy(200, 4), streams.falling(200, end=0.02)
+    norms[100:], loss[100:] = 0.0, 0.0
+    assert not streams.alarms(streams.found(streams.batch(norms, loss=loss)))
+
+
+def test_a_parameter_that_never_gets_a_gradient_is_unused() -> None:
+    norms = streams.noisy(60, 4)
+    norms[:, 3] = NOT_MEASURED
+    finding = streams.found(streams.batch(norms))["unused"][0]
+    assert finding.severity == "warning"
+    assert finding.evidence["parameters"] == ["layer3.weight"]
+
+
+def test_unused_is_information_where_optimizers_alternate() -> None:
+    norms = streams.noisy(120, 4)
+    norms[::2, :2], norms[:, 3] = NOT_MEASURED, NOT_MEASURED
+    assert streams.found(streams.batch(norms))["unused"][0].severity == "info"
+
+
+def test_a_rising_learning_rate_is_foreseen() -> None:
+    rate = np.geomspace(1e-6, 10, 200)
+    ratio = np.minimum(rate[::10], 1)[:, None] * np.ones(4)
+    statistics = {"weight_norm": np.ones((20, 4)), "update_ratio": ratio}
+    found = streams.found(streams.batch(streams.noisy(200, 4), lr=rate, loss=np.full(200, 2.3), statistics=statistics))
+    finding = found["update_ratio"][0]
+    assert rate[finding.first_step] < 0.1
+
+
+def test_warm_up_and_restarts_are_no_rising_learning_rate() -> None:
+    k = np.arange(600)
+    rate = np.where(k < 100, (k + 1) / 100, 0.5 + 0.5 * np.cos(np.pi * (k % 150) / 150)) * 0.05
+    ratio = 0.5 * rate[::10, None] * np.ones(4)
+    statistics = {"weight_norm": np.ones((60, 4)), "update_ratio": ratio}
+    steps = streams.batch(streams.noisy(600, 4), lr=rate, loss=streams.falling(600), statistics=statistics)
+    assert not streams.alarms(streams.found(steps))
+
+
+@pytest.mark.parametrize(("after", "alarmed"), [(8.0, True), (1.9, False)])
+def test_a_leap_of_the_weights_alarms_when_the_loss_rises(after: float, alarmed: bool) -> None:
+    statistics = samples(60, 4, weight_norm=1.0, update_ratio=1e-3)
+    statistics["update_ratio"][3, 1] = 0.9
+    loss = np.concatenate([np.full(31, 2.0), np.full(29, after)])
+    found = streams.found(streams.batch(streams.noisy(60, 4), loss=loss, statistics=statistics), ["update_ratio"])
+    assert bool(found) is alarmed
+
+
+def test_updates_lost_in_bfloat16_are_a_stall() -> None:
+    statistics = samples(60, 4, weight_norm=1.0, update_ratio=1e-5)
+    steps = streams.batch(
+        streams.noisy(60, 4),
+        parameters=streams.chain(4, dtype="bfloat16"),
+        lr=np.full(60, 1e-3),
+        loss=np.full(60, 2.3),
+        statistics=statistics,
+    )
+    assert streams.found(steps)["stall"][0].evidence["cause_id"] == "half_underflow"
+
+
+def test_a_loss_ten_times_its_first_is_a_critical_divergence() -> None:
+    loss = np.concatenate([streams.falling(50), 40 * np.ones(10)])
+    finding = streams.found(streams.batch(streams.noisy(60, 4), loss=loss))["divergence"][0]
+    assert (finding.severity, finding.first_step) == ("critical", 50)
+
+
+def test_a_new_curriculum_is_no_divergence() -> None:
+    loss = np.concatenate([streams.falling(200), streams.falling(200, seed=1)])
+    norms = streams.noisy(400, 4) * np.sqrt(loss)[:, None]
+    assert not streams.alarms(streams.found(streams.batch(norms, loss=loss)))
+
+
+def test_a_loss_that_alternates_ever_wider_oscillates() -> None:
+    loss = 2 + 0.01 * 1.05 ** np.arange(80) * (-1) ** np.arange(80)
+    assert "oscillation" in streams.alarms(streams.found(streams.batch(streams.noisy(80, 4), loss=loss)))
+
+
+def test_a_loss_that_never_moves_is_a_plateau_and_one_that_settled_is_not() -> None:
+    rng = np.random.default_rng(0)
+    flat = 2.3 + rng.normal(0, 0.02, 700)
+    assert "plateau" in streams.alarms(streams.found(streams.batch(streams.noisy(700, 4), loss=flat)))
+    settled = streams.batch(streams.noisy(2000, 4), loss=streams.falling(2000))
+    assert "plateau" not in streams.alarms(streams.found(settled))
+
+
+@pytest.mark.parametrize(("statistic", "rule"), [("saturated_fraction", "saturation"), ("dead_fraction", "dying_relu")])
+def test_units_out_of_action_are_found_while_nothing_is_learnt(statistic: str, rule: str) -> None:
+    shares = {statistic: np.full((6, 2), [0.1, 0.97])}
+    steps = streams.batch(streams.noisy(60, 4), loss=np.full(60, 2.3), statistics=shares, modules=["a", "b"])
+    finding = streams.alarms(streams.found(steps))[rule][0]
+    assert finding.evidence["modules"] == ["b"]
+
+
+def test_zeros_in_float16_underflow_and_zeros_in_float32_do_not() -> None:
+    zeros = samples(60, 4, zero_fraction=0.7)
+    for dtype, expected in (("float16", True), ("float32", False)):
+        steps = streams.batch(streams.noisy(60, 4), parameters=streams.chain(4, dtype=dtype), statistics=zeros)
+        assert ("underflow" in streams.found(steps)) is expected
