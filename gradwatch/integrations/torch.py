@@ -37,12 +37,13 @@ from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
 from gradwatch.integrations.torch_attach import attach, unwrapped
 from gradwatch.integrations.torch_between import BetweenSteps
+from gradwatch.integrations.torch_closure import closure_of, telling
 from gradwatch.integrations.torch_holders import Holders
 from gradwatch.integrations.torch_in_step import InStep
 from gradwatch.integrations.torch_pending import Pending, Reading
-from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested
+from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested, logged_number
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES
-from gradwatch.watcher import Watcher, number
+from gradwatch.watcher import Watcher
 
 #: Rows that are closed before one whose numbers come from an accelerator: fixed, so that runs act at the same steps.
 LAG = 2
@@ -74,9 +75,8 @@ class TorchWatcher(Watcher):
         self._steps: dict[int, Step] = {}
         self._in_flight: deque[Row] = deque()
         self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
-        me = weakref.ref(self)
         self._between = BetweenSteps(
-            model, optimizers, self._policy, self.monitor, stop=lambda words: _stop(me(), words)
+            model, optimizers, self._policy, self.monitor, stop=partial(_stop, weakref.ref(self))
         )
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)
@@ -138,7 +138,7 @@ class TorchWatcher(Watcher):
         row = self._row_of(optimizer, held)
         self._between.stepping(optimizer, row)
         self._stepped_in_backward = in_backward()
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        closure = closure_of(args, kwargs)
         step = Step(optimizer, held, has_closure=closure is not None)
         self._steps[key] = step
         if self._policy.state.lr_factor != 1.0 and not self.settings.dry_run:
@@ -150,20 +150,12 @@ class TorchWatcher(Watcher):
             self._use_pending(step, row)
             return None
         step.counters = KeptCounters(optimizer) if self._in_step.can_skip else None
-        evaluate = self._evaluating(closure, step, row)
-        return ((args[0], evaluate, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluate})
+        return telling(args, kwargs, partial(self._evaluated, step, row))
 
-    def _evaluating(self, closure: Callable[[], Any], step: Step, row: Row) -> Callable[[], Any]:
-        """The closure; when it runs no backward pass of its own, the gradients are taken behind it."""
-
-        def evaluate() -> Any:
-            result = closure()
-            if not step.evaluations:
-                step.evaluations = 1
-                self.safely(self._use_pending, step, row)
-            return result
-
-        return evaluate
+    def _evaluated(self, step: Step, row: Row) -> None:
+        if not step.evaluations:  # the closure runs no backward pass of its own
+            step.evaluations = 1
+            self.safely(self._use_pending, step, row)
 
     def _use_pending(self, step: Step, row: Row) -> None:
         reading = self.pending.read(step.optimizer, step.held, sample=row.is_sampled)
@@ -301,7 +293,7 @@ class TorchWatcher(Watcher):
         Tensors on an accelerator are copied there; nobody waits for them.
         """
         self._require_open()
-        checked = {name: _checked(name, value) for name, value in numbers.items()}
+        checked = {name: logged_number(name, value) for name, value in numbers.items()}
         loss = numbers.get("loss")
         if self._uses is None and self._is_first_row and isinstance(loss, Tensor) and loss.grad_fn is not None:
             self.faults.call("graph", self._read_graph, loss, default=None)
@@ -389,16 +381,9 @@ class TorchWatcher(Watcher):
         super().close(status, detail)
 
 
-def _stop(watcher: TorchWatcher | None, words: str) -> None:
-    if watcher is not None:
+def _stop(reference: weakref.ref[TorchWatcher], words: str) -> None:
+    if (watcher := reference()) is not None:
         watcher.on_stop(words)
-
-
-def _checked(name: str, value: Any) -> Any:
-    """A logged value as a float; a scalar tensor on an accelerator as a copy there."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not on_host(value):
-        return host_or_copy(value)
-    return number(name, value)
 
 
 def watch_torch(

@@ -13,11 +13,12 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.backends.torch_device import Transfer, host_or_copy
+from gradwatch.backends.torch_device import Transfer, host_or_copy, on_host
 from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_statistics import Finish
 from gradwatch.backends.torch_step import KeptCounters
 from gradwatch.records import NOT_MEASURED, Floats
+from gradwatch.watcher import number
 
 Setter = Callable[[Any], None]
 _MOST_RATES = 8  # learning rates recorded: optimizers, and groups of one
@@ -197,3 +198,10 @@ def is_nested(optimizer: Optimizer) -> bool:
 
 def _scalar(number: Any) -> float:
     return float(number[0]) if isinstance(number, np.ndarray) and number.ndim else float(number)
+
+
+def logged_number(name: str, value: Any) -> Any:
+    """A logged value as a float; a scalar tensor on an accelerator as a copy there."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not on_host(value):
+        return host_or_copy(value)
+    return number(name, value)
