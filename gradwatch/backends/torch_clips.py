@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradwatch.backends.torch_device import on_host
 from gradwatch.backends.torch_gradients import Held
 
 EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -29,7 +30,7 @@ class Clips:
 
     def add(self, places: list[int] | None, max_norm: float, total_norm: Tensor) -> None:
         """Note one clip of the parameters at these places; None for all."""
-        if total_norm.device.type == "cpu":
+        if on_host(total_norm):
             # An infinite norm gives the factor 0, a NaN one NaN, as torch multiplies.
             self._factors.append((places, min(max_norm / (float(total_norm) + EPSILON), 1.0)))
         else:

@@ -17,6 +17,11 @@ from gradwatch.records import NOT_MEASURED
 HOST: tuple[str, ...] = ("cpu",)
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host reads the numbers of this tensor without waiting."""
+    return tensor.device.type in HOST
+
+
 class DeviceNorms:
     """L2 norms of a fixed list of tensors, left on the device of the first; planned once.
 
@@ -117,7 +122,7 @@ def host_or_copy(number: Any) -> Any:
     if number is None:
         return 1.0
     if isinstance(number, Tensor):
-        return float(number) if number.device.type == "cpu" else number.detach().clone()
+        return float(number) if on_host(number) else number.detach().clone()
     return float(number)
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwatch.backends import torch_device
-from gradwatch.backends.torch_device import DeviceNorms
+from gradwatch.backends.torch_device import DeviceNorms, on_host
 from gradwatch.backends.torch_norms import CpuNorms
 from gradwatch.backends.torch_statistics import CpuExtremes, Updates, device_extremes
 from gradwatch.records import NOT_MEASURED
@@ -155,7 +154,7 @@ class Gradients:
         """
         places = tuple(i for i, grad in enumerate(grads) if grad is not None)
         present = [grad for grad in grads if grad is not None]
-        home = next((grad.device for grad in present if grad.device.type not in torch_device.HOST), None)
+        home = next((grad.device for grad in present if not on_host(grad)), None)
         if home is not None:
             found = torch.full((3, len(grads)), NOT_MEASURED, device=home)
             measured = device_extremes(present, home)
@@ -199,8 +198,8 @@ class Gradients:
     def _planned(self, grads: list[Tensor], places: tuple[int, ...] | None) -> CpuNorms | DeviceNorms:
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
-        on_host = all(grad.device.type in torch_device.HOST for grad in grads)
-        plan = CpuNorms(grads) if on_host else DeviceNorms(grads, places, len(self.parameters))
+        is_host = all(map(on_host, grads))
+        plan = CpuNorms(grads) if is_host else DeviceNorms(grads, places, len(self.parameters))
         self._plans[places] = plan
         return plan
 

@@ -93,7 +93,9 @@ class CpuNorms:
             if len(doubtful) > _MANY:
                 norms[doubtful] = self._measure(tensors, torch.float64)[doubtful]
             else:
-                norms[doubtful] = [float(torch.linalg.vector_norm(flat(tensors[i]).double())) for i in doubtful]
+                norms[doubtful] = [
+                    float(torch.linalg.vector_norm(flat(tensors[i]).double())) for i in doubtful.tolist()
+                ]
             self._zeros = np.equal(norms, 0.0).tobytes()
         return norms
 

@@ -11,13 +11,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gradwatch.backends import torch_device
-from gradwatch.backends.torch_device import DeviceNorms
-from gradwatch.backends.torch_norms import CpuNorms, flat
+from gradwatch.backends.torch_device import DeviceNorms, on_host
+from gradwatch.backends.torch_norms import STACK_LIMIT, CpuNorms, flat
 from gradwatch.records import NOT_MEASURED, Floats
 
-#: Elements that are looked at together; more would not fit the cache, and cost memory.
-_BLOCK = 1 << 20
+#: Up to so many weights the memory for the copy is kept: fresh memory costs more than the copying.
+_MOST_KEPT = 1 << 22
 #: Weights copied at once to measure an update; a larger model is measured part by part, one part a sample.
 MOST_COPIED = 1 << 26
 
@@ -37,18 +36,20 @@ class CpuExtremes:
         self._together: list[tuple[list[int], Callable[[Sequence[Tensor]], Any], int]] = []
         kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
         for place, tensor in enumerate(tensors):
-            if tensor.layout is not torch.strided or tensor.is_complex() or not tensor.is_contiguous():
+            if (
+                tensor.layout is not torch.strided
+                or tensor.is_complex()
+                or not tensor.is_contiguous()
+                or tensor.numel() > STACK_LIMIT
+            ):
                 self._single.append(place)
             elif tensor.numel():
                 kinds.setdefault((tensor.shape, tensor.dtype), []).append(place)
         for (shape, _), places in kinds.items():
-            most = max(_BLOCK // shape.numel(), 1)
-            for start in range(0, len(places), most):
-                chosen = places[start : start + most]
-                if len(chosen) > 1:
-                    self._together.append((chosen, itemgetter(*chosen), shape.numel()))
-                else:
-                    self._single += chosen
+            if len(places) > 1:
+                self._together.append((places, itemgetter(*places), shape.numel()))
+            else:
+                self._single += places
 
     @torch.no_grad()
     def __call__(self, tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
@@ -65,7 +66,8 @@ class CpuExtremes:
 
 def _row_extremes(rows: Tensor) -> npt.NDArray[np.float32]:
     largest = torch.maximum(rows.amax(1), -rows.amin(1)).float().numpy().copy()
-    zeros = 1.0 - rows.bool().sum(1).numpy() / rows.shape[1]
+    filled = rows.bool().sum(1) if len(rows) > 1 else torch.count_nonzero(rows).view(1)
+    zeros = 1.0 - filled.numpy() / rows.shape[1]
     bad = np.zeros(len(largest), np.float32)
     for row in np.flatnonzero(~np.isfinite(largest)):
         line = rows[int(row)]
@@ -103,7 +105,10 @@ class Updates:
     """
 
     def __init__(self, places: Sequence[int], parameters: Sequence[nn.Parameter]) -> None:
-        self._parts = [([places[i] for i in part], [parameters[i] for i in part]) for part in _parts(parameters)]
+        self._kept: dict[int, list[Tensor]] = {}
+        self._parts: list[tuple[list[int], list[Tensor]]] = [
+            ([places[i] for i in part], [parameters[i] for i in part]) for part in _parts(parameters)
+        ]
         self._plans: dict[int, CpuNorms | DeviceNorms] = {}
 
     @torch.no_grad()
@@ -116,14 +121,14 @@ class Updates:
         """
         number = turn % len(self._parts)
         places, parameters = self._parts[number]
-        before = list(torch._foreach_add(parameters, 0.0))
+        before = self._copy(number, parameters)
 
         @torch.no_grad()
         def finish() -> tuple[list[int], Any]:
             plan = self._plans.get(number) or self._plan(number, parameters)
             torch._foreach_sub_(before, parameters)
             try:
-                norms = [plan(parameters), plan(before)]
+                norms: list[Any] = [plan(parameters), plan(before)]
             except (RuntimeError, TypeError):  # the model was moved or cast
                 plan = self._plan(number, parameters)
                 norms = [plan(parameters), plan(before)]
@@ -131,9 +136,23 @@ class Updates:
 
         return finish
 
+    def _copy(self, number: int, parameters: list[Tensor]) -> list[Tensor]:
+        kept = self._kept.get(number)
+        if kept is not None:
+            try:
+                torch._foreach_copy_(kept, parameters)
+            except RuntimeError:  # of another shape now
+                del self._kept[number]
+            else:
+                return kept
+        copies = [parameter.detach().clone() for parameter in parameters]
+        if sum(copy.numel() for copy in copies) <= _MOST_KEPT:
+            self._kept[number] = copies
+        return copies
+
     def _plan(self, number: int, parameters: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
-        on_host = all(tensor.device.type in torch_device.HOST for tensor in parameters)
-        plan = CpuNorms(parameters) if on_host else DeviceNorms(parameters, None, len(parameters))
+        is_host = all(map(on_host, parameters))
+        plan = CpuNorms(parameters) if is_host else DeviceNorms(parameters, None, len(parameters))
         self._plans[number] = plan
         return plan
 

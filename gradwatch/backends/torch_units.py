@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.actions.base import InStepAction
-from gradwatch.backends.torch_device import TorchNamespace
+from gradwatch.backends.torch_device import TorchNamespace, on_host
 from gradwatch.backends.torch_norms import values
 
 
@@ -36,7 +36,7 @@ def scale_units(action: InStepAction, parameters: Sequence[nn.Parameter], spared
             continue
         of_grad = _unit_norms(grad)
         scale = action.unit_scale(of_grad, _unit_norms(parameter.detach()), TorchNamespace)
-        if grad.device.type == "cpu" and bool((scale == 1.0).all()):
+        if on_host(grad) and bool((scale == 1.0).all()):
             continue
         grad.mul_(scale.view(-1, *[1] * (grad.dim() - 1)) if grad.dim() > 1 else scale.view(-1)[0])
         norm = torch.linalg.vector_norm(of_grad * scale)
@@ -46,7 +46,8 @@ def scale_units(action: InStepAction, parameters: Sequence[nn.Parameter], spared
 
 def _unit_norms(tensor: Tensor) -> Tensor:
     rows = values(tensor).reshape(len(tensor), -1) if tensor.dim() > 1 else values(tensor).reshape(1, -1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    dtype = torch.float64 if rows.dtype is torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     return norms
 
 
