@@ -112,7 +112,8 @@ def _rewrite(place: Path, stem: Stem, segment: Segment, disk: Disk, *, counted: 
     parameters = tuple(map(Parameter, segment.layout.parameters))
     batch = segment.batch(parameters, None)[:counted]
     if not is_whole or not (place / ROLLUPS / name).exists():
-        disk.replace(place / ROLLUPS / name, encode_rollups(rollups_of(columns_of(batch))))
+        rollups = encode_rollups(rollups_of(columns_of(batch)), last_step=int(batch.step[-1]))
+        disk.replace(place / ROLLUPS / name, rollups)
     if is_whole and len(kept) == counted:
         return
     # A segment without rows would be no segment: its last row stays, and its rollups count.

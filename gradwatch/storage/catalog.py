@@ -166,19 +166,22 @@ class Catalog:
         Args:
             steps: Leave out segments that have no step in this range, as far as their names tell.
         """
-        found = []
-        for stem in self.stems():
-            if steps is not None and self._is_outside(stem, steps):
-                continue
-            try:
-                segment = self.segment(stem)
-                rows = self._rows_that_count(stem, segment)
-            except RunError as error:
-                self.note(stem, error)
-                continue
-            if rows.stop:
-                found.append((stem, segment, rows))
-        return found
+        found = [(stem, self.counted(stem)) for stem in self.stems_in(steps)]
+        return [(stem, *counted) for stem, counted in found if counted is not None]
+
+    def stems_in(self, steps: slice | None) -> list[Stem]:
+        """The segments that may have a step in the range, as far as their names tell."""
+        return [stem for stem in self.stems() if steps is None or not self._is_outside(stem, steps)]
+
+    def counted(self, stem: Stem) -> tuple[Segment, slice] | None:
+        """A segment and its rows that count; None when it has none, or cannot be read."""
+        try:
+            segment = self.segment(stem)
+            rows = self._rows_that_count(stem, segment)
+        except RunError as error:
+            self.note(stem, error)
+            return None
+        return (segment, rows) if rows.stop else None
 
     def _is_outside(self, stem: Stem, steps: slice) -> bool:
         limit = self.limit(stem)

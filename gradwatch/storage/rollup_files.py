@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,8 +68,8 @@ def roll_up_in_blocks(
     return Rollup(statistic, resolution, tuple(names), parts[0].start, **joined)
 
 
-def encode_rollups(rollups: Sequence[Rollup]) -> pa.Buffer:
-    """The file, from rollups of any statistics and resolutions."""
+def encode_rollups(rollups: Sequence[Rollup], *, last_step: int) -> pa.Buffer:
+    """The file, from rollups of any statistics and resolutions; `last_step` is the last that they cover."""
     sink = pa.BufferOutputStream()
     resolutions = sorted({rollup.resolution for rollup in rollups})
     with pq.ParquetWriter(sink, _SCHEMA, **PARQUET) as writer:
@@ -76,7 +77,8 @@ def encode_rollups(rollups: Sequence[Rollup]) -> pa.Buffer:
             tables = [_table(rollup) for rollup in rollups if rollup.resolution == resolution]
             table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
             writer.write_table(table, row_group_size=table.num_rows)
-        writer.add_key_value_metadata({METADATA_KEY: f'{{"format_version": {FORMAT_VERSION}}}'})
+        facts = {"format_version": FORMAT_VERSION, "last_step": last_step}
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(facts)})
     return sink.getvalue()
 
 
@@ -111,14 +113,26 @@ def _rounded(values: Array) -> Array:
     return np.ldexp(np.round(mantissa * (1 << _MEAN_BITS)) / (1 << _MEAN_BITS), exponent)
 
 
-def decode_rollup(source: Any, where: str, statistic: str, resolution: int) -> Rollup | None:
+def decode_rollup(
+    source: Any, where: str, *, statistic: str, resolution: int, limit: int | None = None
+) -> Rollup | None:
     """The statistic at the coarsest resolution in the file that divides `resolution`; None when there is none.
+
+    Args:
+        source: The file.
+        where: Its name, for errors.
+        statistic: Of which.
+        resolution: In steps.
+        limit: The step from which on a later segment answers: None is returned when the file covers any such step.
 
     Raises:
         RunCorruptError: When the file is damaged.
     """
     try:
         with pq.ParquetFile(source, page_checksum_verification=True, read_dictionary=["statistic", "name"]) as file:
+            last = int(json.loads(file.metadata.metadata[METADATA_KEY])["last_step"])
+            if limit is not None and last >= limit:
+                return None
             groups = _row_groups(file)
             for found in sorted((r for r in groups if resolution % r == 0), reverse=True):
                 rollup = _select(file.read_row_group(groups[found]), statistic, found)

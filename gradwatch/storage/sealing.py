@@ -49,7 +49,7 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
         disk.replace(run / SAMPLES / name, samples)
         written += samples.size
     del samples
-    rollups = encode_rollups(rollups_of(segment))
+    rollups = encode_rollups(rollups_of(segment), last_step=int(segment.step[-1]))
     disk.replace(run / ROLLUPS / name, rollups)
     written += rollups.size
     del rollups

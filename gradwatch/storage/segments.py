@@ -44,29 +44,26 @@ class SealedSegment:
         self._open_file, self._steps, self._samples = open_file, steps, samples
         self._layout: Layout | None = None
         self._step: Ints | None = None
-        self._rows: int | None = None
 
     @property
     def layout(self) -> Layout:
         """Its columns."""
         if self._layout is None:
-            self._read(self._steps, [])
+            self._step = plain(self._read(self._steps, ["step"]).column("step"))
         assert self._layout is not None
         return self._layout
 
     @property
     def step(self) -> Ints:
         """The steps, int64 of shape (n,)."""
-        if self._step is None:
-            self._step = plain(self._read(self._steps, ["step"]).column("step"))
+        _ = self.layout  # a file of thousands of columns is slow to open: once for both
+        assert self._step is not None
         return self._step
 
     @property
     def count(self) -> int:
-        """How many steps, without reading them."""
-        if self._rows is None:
-            self._read(self._steps, [])
-        return self._rows or 0
+        """How many steps."""
+        return len(self.step)
 
     def metrics(self, names: Sequence[str], *, words: bool = False) -> Numbers:
         """Metrics; those that the segment lacks are `NOT_MEASURED`.
@@ -102,7 +99,7 @@ class SealedSegment:
             return Samples(np.empty(0, np.int64), np.empty((0, len(names)), np.float32))
         values = np.empty((len(names), len(rows)), np.float32)
         with damage_in(self._steps if statistic == GRAD_NORM else self._samples):
-            if table is not None and table.num_rows != len(rows):
+            if table.num_rows != len(rows):
                 raise ValueError("rows are missing")
             for row, column in zip(values, wanted, strict=True):
                 row[:] = measured(table.column(column))
@@ -135,16 +132,13 @@ class SealedSegment:
             self._open_file(path) as source,
             pq.ParquetFile(source, page_checksum_verification=True) as file,
         ):
-            if path == self._steps and self._layout is None:
-                self._layout = Layout.from_metadata(file.metadata.metadata)
-                self._rows = file.metadata.num_rows
+            layout = self._layout or Layout.from_metadata(file.metadata.metadata)
             if not 0 <= file.metadata.num_rows <= _MOST_ROWS:
                 raise ValueError(f"{file.metadata.num_rows} rows")
-            if not columns:
-                return None
             table = file.read(columns=columns, use_threads=False)
             if table.num_rows != file.metadata.num_rows or not set(columns) <= set(table.column_names):
                 raise ValueError("rows or columns are missing")
+            self._layout = layout
             return table
 
 

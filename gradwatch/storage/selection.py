@@ -109,23 +109,25 @@ def read_rollup(
 ) -> Rollup:
     """A statistic in bins; from the rollups where a segment has them and all its steps count, else from its steps."""
     parts = []
-    for stem, segment, rows in catalog.readable(steps):
-        try:
-            part = None
-            if catalog.is_sealed(stem) and rows.stop == segment.count:
-                part = _stored(files, catalog, stem, statistic, resolution)
-            parts.append(part or _computed(segment, rows, names, statistic=statistic, resolution=resolution))
-        except RunError as error:
-            catalog.note(stem, error)
+    for stem in catalog.stems_in(steps):
+        part = None
+        if catalog.is_sealed(stem):
+            part = _stored(files, catalog, stem, statistic=statistic, resolution=resolution)
+        if part is None and (found := catalog.counted(stem)) is not None:
+            try:
+                part = _computed(*found, names, statistic=statistic, resolution=resolution)
+            except RunError as error:
+                catalog.note(stem, error)
+        parts += [] if part is None else [part]
     rollup = combine(parts, names, statistic=statistic, resolution=resolution)
     return rollup if steps is None else _clipped(rollup, steps)
 
 
-def _stored(files: Files, catalog: Catalog, stem: Stem, statistic: str, resolution: int) -> Rollup | None:
+def _stored(files: Files, catalog: Catalog, stem: Stem, *, statistic: str, resolution: int) -> Rollup | None:
     path = f"{ROLLUPS}/{stem}{SEALED_SUFFIX}"
     try:
         with files.open(path) as source:
-            return decode_rollup(source, path, statistic, resolution)
+            return decode_rollup(source, path, statistic=statistic, resolution=resolution, limit=catalog.limit(stem))
     except FileNotFoundError:
         return None
     except RunError as error:
