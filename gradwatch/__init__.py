@@ -13,16 +13,19 @@ from types import ModuleType
 
 TYPE_CHECKING = False  # what type checkers take for True; importing typing would be most of our own time
 if TYPE_CHECKING:
+    from gradwatch import actions as actions
     from gradwatch import alerts as alerts
     from gradwatch import detectors as detectors
     from gradwatch import errors as errors
     from gradwatch import keras as keras
+    from gradwatch import remedies as remedies
     from gradwatch import sinks as sinks
     from gradwatch import testing as testing
     from gradwatch.actions import AGC as AGC
     from gradwatch.actions import AutoClip as AutoClip
     from gradwatch.actions import Clip as Clip
     from gradwatch.actions import DecayLR as DecayLR
+    from gradwatch.actions import Ladder as Ladder
     from gradwatch.actions import Reinitialize as Reinitialize
     from gradwatch.actions import ResetOptimizerState as ResetOptimizerState
     from gradwatch.actions import Restructure as Restructure
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from gradwatch.actions import ZClip as ZClip
     from gradwatch.errors import GradwatchError as GradwatchError
     from gradwatch.errors import StopTraining as StopTraining
+    from gradwatch.heal import heal as heal
     from gradwatch.preflight import preflight as preflight
     from gradwatch.records import Parameter as Parameter
     from gradwatch.run import Run as Run
@@ -47,6 +51,7 @@ __all__ = [
     "Clip",
     "DecayLR",
     "GradwatchError",
+    "Ladder",
     "Parameter",
     "Reinitialize",
     "ResetOptimizerState",
@@ -58,13 +63,16 @@ __all__ = [
     "StopTraining",
     "Watcher",
     "ZClip",
+    "actions",
     "alerts",
     "compare",
     "detectors",
     "errors",
+    "heal",
     "keras",
     "load",
     "preflight",
+    "remedies",
     "sinks",
     "testing",
     "watch",
@@ -77,6 +85,7 @@ _HOMES = {
     "Clip": "gradwatch.actions",
     "DecayLR": "gradwatch.actions",
     "GradwatchError": "gradwatch.errors",
+    "Ladder": "gradwatch.actions",
     "Parameter": "gradwatch.records",
     "Reinitialize": "gradwatch.actions",
     "ResetOptimizerState": "gradwatch.actions",
@@ -89,16 +98,19 @@ _HOMES = {
     "Watcher": "gradwatch.watcher",
     "ZClip": "gradwatch.actions",
     "compare": "gradwatch.run",
+    "heal": "gradwatch.heal",
     "load": "gradwatch.run",
     "preflight": "gradwatch.preflight",
     "watch": "gradwatch.watch",
 }
 #: Public module to the module it is.
 _MODULES = {
+    "actions": "gradwatch.actions",
     "alerts": "gradwatch.alerts",
     "detectors": "gradwatch.detectors",
     "errors": "gradwatch.errors",
     "keras": "gradwatch.keras",
+    "remedies": "gradwatch.remedies",
     "sinks": "gradwatch.sinks",
     "testing": "gradwatch.testing",
 }
