@@ -31,9 +31,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from gradwatch import __version__
-
-        typer.echo(__version__)
+        typer.echo(sys.modules["gradwatch"].__version__)
         raise typer.Exit
 
 

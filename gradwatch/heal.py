@@ -51,6 +51,11 @@ class Training(Protocol):
 Prepare = Callable[[Training], Sequence[Change]]
 
 
+def _nothing(_: Training) -> Sequence[Change]:
+    """Changes nothing."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A remedy, or a combination.
@@ -62,7 +67,7 @@ class Candidate:
     """
 
     name: str
-    prepare: Prepare = lambda training: ()
+    prepare: Prepare = _nothing
     lr_factor: float = 1.0
 
 

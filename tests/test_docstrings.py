@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import inspect
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -37,7 +38,9 @@ def module(request: pytest.FixtureRequest) -> ModuleType:
     """Each module of the package in turn."""
     path: Path = request.param
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-    return importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the packages that the module imports
+        return importlib.import_module(name)
 
 
 def test_the_examples_of_a_module_run(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,5 +158,5 @@ def test_two_layers_give_no_slope() -> None:
 
 
 def test_something_else_than_a_model_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"'model' must be a torch.nn.Module: int"):
+    with pytest.raises(ModelError, match=r"'model' must be a torch\.nn\.Module or a Keras model: int"):
         preflight(3, None, None, nn.functional.mse_loss)
