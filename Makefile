@@ -7,6 +7,8 @@ WORKERS ?= 2
 # What the tests need besides the package; add a framework's extra here to test against it.
 EXTRAS := torch,jax,lightning,transformers,ignite,alerts,tensorboard,prometheus,remote,serve,demo,dev
 TORCH := torch==2.13.0
+# Sets of tools that the overhead is compared with.
+PEERS := peers composer cockpit
 # Each backend of Keras is tested in processes of its own.
 KERAS_BACKENDS ?= tensorflow jax torch
 # The build of TensorFlow without a GPU: the tests need no more.
@@ -49,8 +51,16 @@ format: $(READY) ## Format the code and mend what the linter can mend
 docs: $(READY_DOCS) ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-bench: $(READY) ## Measure the cost of watching; prints ratios against the plain loop
-	$(BIN)/python -m benchmarks.overhead
+bench: $(READY) $(PEERS:%=$(VENV)-%/.ready) ## Measure the cost of watching, peers included; prints ratios against the plain loop
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.overhead --footprint --environments $(BIN)/python $(PEERS:%=$(VENV)-%/bin/python)
+
+# Each in an environment of its own, since their pins clash; gradwatch itself is read from the checkout.
+$(VENV)-%/.ready: benchmarks/environments/%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check "setuptools<80" wheel hatchling editables
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+		--requirement $< --editable .
+	@touch $@
 
 lock: $(READY) ## Pin today's newest versions in constraints.txt
 	$(BIN)/python .ci/lock.py
