@@ -23,7 +23,7 @@ from gradwatch.records import Finding
 class Exploding(Rule):
     """Gradients leave the range that the run had so far, upwards, and stay there; or one layer grows exponentially.
 
-    Signs, each on log norms:
+    Signs, all but the last on log norms:
 
     - *level* (critical): the global norm is `ratio` times above the highest that its robust baseline has been,
       `patience` steps in a row. The baseline is a clipped running mean over 50 steps (Huber's psi at 3 mean
@@ -32,6 +32,8 @@ class Exploding(Rule):
       `rise` nats, is `certainty` standard errors from zero, comes from both halves of the window, and is twice as steep
       as slopes have usually been in this run. Growth of 3 % a step is found after about 50 steps; rules that hold a
       norm against k times its running mean (weight a) see nothing below 1 + (k - 1) a per step.
+    - *size* (critical): the global norm is above `limit`, `patience` steps in a row, whatever the run was used to. Above
+      1.8e19 squares overflow float32: the second moments of Adam and its kin become infinite and its updates nothing.
 
     Args:
         ratio: Sustained factor above the run's own range. Megatron-LM's check for large gradients takes ten times the
@@ -40,6 +42,7 @@ class Exploding(Rule):
         growth: Nats per step.
         rise: Nats over the window: a threefold change.
         certainty: Slope over its standard error; early training reaches 5 by chance, measured on healthy runs.
+        limit: Global norm that no training needs; the largest of the healthy published cases is 1.7e4.
         calm: Steps without a sign until the finding resolves.
 
     False alarms: a change of data or loss that multiplies the gradients for good is reported, and rightly so. In the
@@ -51,16 +54,18 @@ class Exploding(Rule):
     growth: float = threshold(0.02, above=0.0)
     rise: float = threshold(1.1, above=0.0)
     certainty: float = threshold(8.0, above=0.0)
+    limit: float = threshold(1e15, above=0.0)
 
     rule: ClassVar[str] = "exploding"
     rules: ClassVar[tuple[str, ...]] = ("exploding",)
     count = Kept(0)
     since = Kept(0)
+    huge = Kept(0)
     drift = Part(Drift)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while gradients are out of range or grow."""
-        return self._level(now) or self._drift(now)
+        return self._level(now) or self._size(now) or self._drift(now)
 
     def _level(self, now: Signals) -> Sign | None:
         excess = now.above_peak - math.log(self.ratio)
@@ -83,6 +88,23 @@ class Exploding(Rule):
             scores=scores,
             since=self.since,
             facts=lambda: {"sign": "level", "norm": wording.exp(now.total), "usual_norm": wording.exp(now.peak)},
+        )
+
+    def _size(self, now: Signals) -> Sign | None:
+        excess = now.total - math.log(self.limit)
+        self.huge = self.huge + 1 if excess > 0 else 0
+        if self.huge < self.patience:
+            return None
+        scores = np.nan_to_num(now.logs, nan=-math.inf)
+        return Sign(
+            severity="critical",
+            badness=excess,
+            value=wording.exp(now.total),
+            threshold=self.limit,
+            layers=scores > math.log(self.limit),
+            scores=scores,
+            since=now.step - self.huge + 1,
+            facts=lambda: {"sign": "size", "norm": wording.exp(now.total)},
         )
 
     def _drift(self, now: Signals) -> Sign | None:
@@ -108,6 +130,11 @@ class Exploding(Rule):
         where = wording.where(finding)
         if finding.evidence.get("sign") == "drift":
             return wording.drift("grow", where, finding)
+        if finding.evidence.get("sign") == "size":
+            return (
+                f"Gradients are beyond all bounds{where} since step {finding.first_step}: a norm of {finding.value:.3g}, "
+                "and above 1.8e+19 squares overflow float32."
+            )
         return (
             f"Gradients explode{where} since step {finding.first_step}: "
             f"{finding.value:.3g} times the largest usual norm of this run ({finding.evidence.get('usual_norm'):.3g})."
