@@ -32,8 +32,8 @@ class Exploding(Rule):
       `rise` nats, is `certainty` standard errors from zero, comes from both halves of the window, and is twice as steep
       as slopes have usually been in this run. Growth of 3 % a step is found after about 50 steps; rules that hold a
       norm against k times its running mean (weight a) see nothing below 1 + (k - 1) a per step.
-    - *size* (critical): the global norm is above `limit`, `patience` steps in a row, whatever the run was used to. Above
-      1.8e19 squares overflow float32: the second moments of Adam and its kin become infinite and its updates nothing.
+    - *size* (critical): the global norm is above `limit`, `patience` steps in a row, whatever the run was used to.
+      Above 1.8e19 squares overflow float32: the second moments of Adam become infinite and its updates nothing.
 
     Args:
         ratio: Sustained factor above the run's own range. Megatron-LM's check for large gradients takes ten times the
@@ -132,8 +132,8 @@ class Exploding(Rule):
             return wording.drift("grow", where, finding)
         if finding.evidence.get("sign") == "size":
             return (
-                f"Gradients are beyond all bounds{where} since step {finding.first_step}: a norm of {finding.value:.3g}, "
-                "and above 1.8e+19 squares overflow float32."
+                f"Gradients are beyond all bounds{where} since step {finding.first_step}: "
+                f"a norm of {finding.value:.3g}, and above 1.8e+19 squares overflow float32."
             )
         return (
             f"Gradients explode{where} since step {finding.first_step}: "
