@@ -73,10 +73,13 @@ class Monitor:
             begin, name = listener.open, type(listener).__name__
             self.faults.call(name, begin, info, run_dir, first_step=first_step, note=self._event, default=None)
 
-    def feed(self, batch: StepBatch) -> Due | None:
-        """Record the batch, look for findings, tell about them, and say what is due before the next step."""
+    def record(self, batch: StepBatch) -> None:
+        """Hand the batch to the writer."""
         if self.writer:
             self.faults.call("writer", self.writer.write, batch, default=None)
+
+    def look(self, batch: StepBatch) -> Due | None:
+        """Look for findings in the batch, tell about them, and say what is due before the next step."""
         findings = self.faults.call("detectors", self._detect, batch, default=_NO_FINDINGS)
         for finding in findings:
             self.report(finding)

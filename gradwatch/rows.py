@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from gradwatch.records import METRICS, MODULE_STATISTICS, NOT_MEASURED, Floats, Parameter, Samples, StepBatch
 
-_BLANK = dict.fromkeys(METRICS, NOT_MEASURED)
+_BLANK = frozenset(METRICS)
+
+
+class _Closed(NamedTuple):
+    """A step, but for its norms."""
+
+    step: int
+    metrics: dict[str, float]
+    statistics: dict[str, Floats] | None
+    stage: int
+    skip_reason: int
 
 
 class Rows:
     """Collects closed steps until they are taken as a `StepBatch`.
+
+    One thread adds and takes; any may ask for `news`, so that what waits here is not lost with the process.
 
     Args:
         parameters: The columns.
@@ -21,6 +37,7 @@ class Rows:
 
     def __init__(self, parameters: tuple[Parameter, ...], *, modules: tuple[str, ...] = (), capacity: int = 1) -> None:
         self.parameters, self.modules, self.capacity = parameters, modules, capacity
+        self._lock, self._pid = threading.Lock(), os.getpid()
         self._clear()
 
     def __len__(self) -> int:
@@ -32,12 +49,10 @@ class Rows:
         return len(self._steps) >= self.capacity
 
     def _clear(self) -> None:
-        self._steps: list[int] = []
+        self._steps: list[_Closed] = []
         self._norms: npt.NDArray[np.float32] = np.empty((self.capacity, len(self.parameters)), np.float32)
-        self._metrics: list[dict[str, float]] = []
-        self._samples: dict[str, list[tuple[int, Floats]]] = {}
-        self._stages: list[int] = []
-        self._reasons: list[int] = []
+        self._told = 0
+        self._whole: StepBatch | None = None
 
     def add(
         self,
@@ -50,32 +65,64 @@ class Rows:
         skip_reason: int = 0,
     ) -> None:
         """Add one step; `norms` may be shorter than the columns (parameters that came later)."""
-        row = len(self._steps)
-        self._norms[row, : len(norms)] = norms
-        self._norms[row, len(norms) :] = NOT_MEASURED
-        self._steps.append(step)
-        self._metrics.append(metrics)
-        self._stages.append(stage)
-        self._reasons.append(skip_reason)
-        for name, values in (statistics or {}).items():
-            self._samples.setdefault(name, []).append((row, values))
+        row, width = self._norms[len(self._steps)], len(norms)
+        if width == len(row):
+            row[:] = norms
+        else:
+            row[:width] = norms
+            row[width:] = NOT_MEASURED
+        self._steps.append(_Closed(step, metrics, statistics, stage, skip_reason))
 
     def take(self) -> StepBatch:
-        """The collected steps as a batch that owns its arrays; starts anew."""
-        n = len(self._steps)
-        names = _BLANK.keys() | {name for metrics in self._metrics for name in metrics}
-        batch = StepBatch(
+        """The collected steps as a batch that owns its arrays; starts anew. `global_norm` is there also if not added."""
+        with self._locked():
+            count = len(self._steps)
+            whole = self._whole if self._whole is not None and len(self._whole) == count else self._batch(0, count)
+            self._clear()
+        return whole
+
+    def news(self) -> StepBatch | None:
+        """The steps that were added since the last call, which `take` will give all the same; None without any."""
+        with self._locked():
+            begin, end = self._told, len(self._steps)
+            if begin == end:
+                return None
+            self._told = end
+            batch = self._batch(begin, end)
+            if not begin:
+                self._whole = batch
+            return batch
+
+    def _locked(self) -> threading.Lock:
+        if os.getpid() != self._pid:  # in a forked child the lock may be held by a thread that is not there
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        return self._lock
+
+    def _batch(self, begin: int, end: int) -> StepBatch:
+        steps, norms = self._steps[begin:end], self._norms[begin:end]
+        names = sorted(_BLANK.union(*[closed.metrics for closed in steps]))
+        table = np.array([[closed.metrics.get(name, NOT_MEASURED) for closed in steps] for name in names])
+        metrics = dict(zip(names, table, strict=True))
+        unknown = metrics["global_norm"] == NOT_MEASURED
+        if unknown.any():
+            metrics["global_norm"][unknown] = global_norms(norms[unknown])
+        return StepBatch(
             parameters=self.parameters,
-            step=np.array(self._steps, np.int64),
-            grad_norm=self._norms[:n],
-            metrics={name: np.array([m.get(name, NOT_MEASURED) for m in self._metrics]) for name in sorted(names)},
-            statistics={name: self._stack(name, samples) for name, samples in self._samples.items()},
+            step=np.array([closed.step for closed in steps], np.int64),
+            grad_norm=norms,
+            metrics=metrics,
+            statistics=self._samples(steps),
             modules=self.modules,
-            stage=np.array(self._stages, np.int8),
-            skip_reason=np.array(self._reasons, np.int8),
+            stage=np.array([closed.stage for closed in steps], np.int8),
+            skip_reason=np.array([closed.skip_reason for closed in steps], np.int8),
         )
-        self._clear()
-        return batch
+
+    def _samples(self, steps: list[_Closed]) -> dict[str, Samples]:
+        found: dict[str, list[tuple[int, Floats]]] = {}
+        for row, closed in enumerate(steps):
+            for name, values in (closed.statistics or {}).items():
+                found.setdefault(name, []).append((row, values))
+        return {name: self._stack(name, samples) for name, samples in found.items()}
 
     def _stack(self, name: str, samples: list[tuple[int, Floats]]) -> Samples:
         width = len(self.modules if name in MODULE_STATISTICS else self.parameters)
@@ -83,3 +130,21 @@ class Rows:
         for row, (_, values) in enumerate(samples):
             stacked[row, : len(values)] = values
         return Samples(rows=np.array([row for row, _ in samples], np.int64), values=stacked)
+
+
+def global_norms(norms: Floats) -> npt.NDArray[np.float64]:
+    """Root of the sum of squares of what was measured in each step; `NOT_MEASURED` where nothing was.
+
+    Args:
+        norms: Shape (n, p).
+
+    Examples:
+        >>> global_norms(np.array([[3.0, 4.0, NOT_MEASURED]]))
+        array([5.])
+    """
+    measured = norms != NOT_MEASURED
+    with np.errstate(over="ignore"):
+        found = np.sqrt(np.sum(np.square(norms, dtype=np.float64, where=measured, out=np.zeros(norms.shape)), axis=1))
+    if not measured.all():
+        found[~measured.any(axis=1)] = NOT_MEASURED
+    return found

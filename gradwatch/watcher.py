@@ -34,9 +34,12 @@ from gradwatch.records import (
     Parameter,
     RunInfo,
 )
-from gradwatch.rows import Rows
+from gradwatch.rows import Rows, global_norms
 from gradwatch.settings import settings_from
 from gradwatch.writer import RunWriter
+
+#: Quick steps that are looked at together where nobody acts on findings, and for how many seconds the first one waits.
+TOGETHER, LATEST = 16, 0.05
 
 
 class Watcher:
@@ -84,16 +87,17 @@ class Watcher:
         self.monitor = Monitor(
             writer=self._writer, engine=self._engine, policy=self._policy, listeners=listeners, faults=self.faults
         )
-        self._rows = Rows(self._parameters, modules=self._modules, capacity=self.settings.check_every)
+        #: Whether somebody acts on a finding or is told of it at once; else a few quick steps are looked at together.
+        self._is_urgent = bool(self._policy.between or listeners)
+        self._new_rows()
         self._next_step = self.settings.start_step if self.settings.start_step is not None else self._writer.next_step
         self._logged: dict[str, float] = {}
         self._hook_seconds, self._hook_seconds_before, self._step_seconds, self._steps_seen = 0.0, 0.0, 0.0, 0
-        self._last_time = 0.0
+        self._last_time, self._looked = 0.0, time.perf_counter()
+        self._last_norms: Floats | None = None
         self._closed = False
         #: What `Stop` does with its message; by default it raises `StopTraining` at the step boundary.
         self.on_stop: Callable[[str], None] = _raise_stop
-        #: Global gradient norm of the last recorded step.
-        self.last_global_norm: float | None = None
         self._pid = os.getpid()
         self._exit = _close_at_exit(self)
         self.monitor.open(info, self.run_dir, self._next_step)
@@ -111,7 +115,13 @@ class Watcher:
     @property
     def findings(self) -> list[Finding]:
         """All findings so far, in order of their opening."""
+        self._catch_up()
         return list(self.monitor.findings.values())
+
+    @property
+    def last_global_norm(self) -> float | None:
+        """Global gradient norm of the last recorded step; None before the first."""
+        return None if self._last_norms is None else global_norm(self._last_norms)
 
     def observe(
         self,
@@ -189,7 +199,7 @@ class Watcher:
         stage: int = 0,
         skip_reason: int = 0,
     ) -> Due | None:
-        """Complete a step and, at every `check_every`-th, run the monitor over what has gathered."""
+        """Complete a step and, when it is time, run the monitor over what has gathered."""
         now = metrics.setdefault("time", time.time())
         if self._last_time:
             metrics.setdefault("step_time", now - self._last_time)
@@ -197,18 +207,38 @@ class Watcher:
         if self._logged:
             metrics = {**metrics, **self._logged}
             self._logged = {}
-        metrics.setdefault("global_norm", global_norm(norms))
-        self.last_global_norm = metrics["global_norm"]
+        self._last_norms = norms
         metrics.setdefault("lr_factor", self._policy.state.lr_factor)
         metrics.setdefault("skipped", float(skip_reason > 0))
         self._rows.add(self._next_step, norms, metrics, statistics=statistics, stage=stage, skip_reason=skip_reason)
         self._next_step += 1
         self._steps_seen += 1
         self._step_seconds += metrics.get("step_time", 0.0)
-        return self._check() if self._rows.is_full else None
+        if self._rows.is_full or (not self._is_waiting and time.perf_counter() - self._looked >= LATEST):
+            return self._check()
+        return None
 
     def _check(self) -> Due | None:
-        return self.monitor.feed(self._rows.take()) if len(self._rows) else None
+        self._looked = time.perf_counter()
+        if not len(self._rows):
+            return None
+        if (news := self._rows.news()) is not None:
+            self.monitor.record(news)
+        return self.monitor.look(self._rows.take())
+
+    def _catch_up(self) -> None:
+        """Look now at what waits for company, where looking can call for no action."""
+        if not self._is_urgent and not self._closed:
+            self._check()
+
+    def _new_rows(self) -> None:
+        together = self.settings.check_every
+        #: Whether steps wait for each other however long that takes.
+        self._is_waiting = together > 1 or self._is_urgent
+        if not self._is_waiting:
+            together = min(TOGETHER, max(1, self.settings.flush_every // 4))
+        self._rows = Rows(self._parameters, modules=self._modules, capacity=together)
+        self._writer.ask_when_idle(self._rows.news)
 
     def _redescribe(self, parameters: Sequence[Parameter]) -> None:
         """Take better descriptions of the same parameters (the order of execution), before the first step is closed."""
@@ -227,7 +257,7 @@ class Watcher:
         self._new_columns()
 
     def _new_columns(self) -> None:
-        self._rows = Rows(self._parameters, modules=self._modules, capacity=self.settings.check_every)
+        self._new_rows()
         self.faults.call("writer", self._writer.update_info, parameters=self._parameters, default=None)
 
     def _context(self) -> RunContext:
@@ -322,8 +352,7 @@ def global_norm(norms: Floats) -> float:
         >>> global_norm(np.array([3.0, 4.0, NOT_MEASURED]))
         5.0
     """
-    measured = norms[norms != NOT_MEASURED]
-    return float(np.sqrt(np.sum(np.square(measured, dtype=np.float64)))) if len(measured) else NOT_MEASURED
+    return float(global_norms(np.asarray(norms)[np.newaxis])[0])
 
 
 def _checked(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ class RunWriter:
         recorder = self._recorder
         if recorder is None or os.getpid() != self._pid:
             return
-        waiting = recorder.put_bytes - recorder.taken_bytes
+        waiting = recorder.waiting_bytes
         if waiting > THINNING[-1][0] * MAX_WAITING:
             batch = _thinned(recorder, batch, waiting / MAX_WAITING)
         if not len(batch.step):
@@ -115,8 +115,17 @@ class RunWriter:
         recorder.put_bytes += weight(batch)
         recorder.put_steps += len(batch.step)
         recorder.batches.append(batch)
-        if recorder.put_steps - recorder.taken_steps >= self._flush_at and not recorder.wake.is_set():
+        if recorder.waiting_steps >= self._flush_at and not recorder.wake.is_set():
             recorder.wake.set()
+
+    def ask_when_idle(self, more: Callable[[], StepBatch | None]) -> None:
+        """Let the writing thread ask for steps whenever `flush_seconds` have passed without any.
+
+        Args:
+            more: Called on that thread; gives steps that were not handed over yet, or None.
+        """
+        if self._recorder is not None:
+            self._recorder.more = more
 
     def event(self, kind: str, data: Mapping[str, Any], *, sync: bool = False) -> None:
         """Add a line to the events.

@@ -81,6 +81,9 @@ class KerasWatcher(Watcher):
         self._taken_at = time.time()
         self.on_close: Callable[[str, str], object] | None = None
         super().__init__(columns.parameters, framework="keras", **settings)
+
+    def _new_rows(self) -> None:
+        self._is_waiting = True  # `settle` says when it is time to look
         self._rows = Rows(self._parameters, capacity=max(ROWS_TOGETHER, self.settings.check_every))
 
     @property

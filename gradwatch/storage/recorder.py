@@ -75,8 +75,8 @@ class Recorder:
     """Brings to a store what the training thread puts into the queues.
 
     Two threads, so that a slow sync or the sealing of a segment never delays a flush: one appends rows and events, the
-    other syncs, seals and writes run.json. The counters `put_*` are written by the training thread only and `taken_*`
-    by the first thread only, so neither needs a lock.
+    other syncs, seals and writes run.json. The counters `put_*` are written by the training thread only and the others
+    by the first thread only, so none needs a lock.
 
     Args:
         store: Opened; belongs to the threads from now on.
@@ -88,14 +88,18 @@ class Recorder:
         self.batches: deque[StepBatch] = deque()
         self.events: deque[tuple[bytes, bool]] = deque()
         self.changes: deque[dict[str, Any]] = deque()
-        self.put_steps = self.put_bytes = self.taken_steps = self.taken_bytes = 0
+        self.put_steps = self.put_bytes = 0
+        self._asked_steps = self._asked_bytes = self._taken_steps = self._taken_bytes = 0
         #: Steps left out because the disk could not follow, and the first and last of the present stretch.
         self.thinned_steps, self.thinned_first, self.thinned_last = 0, -1, -1
         #: Steps that could never be written.
         self.lost_steps = 0
+        #: Gives steps that wait elsewhere for company; asked when none were put for a while.
+        self.more: Callable[[], StepBatch | None] = lambda: None
         self._rows: list[StepBatch] = []
         self._marked = 0
-        self._heartbeat = self._synced = time.monotonic()
+        self._flush_seconds = flush_seconds
+        self._heartbeat = self._synced = self._asked = time.monotonic()
         self._is_unsynced = self._is_urgent = False
         self._flushing = Loop("gradwatch-writer", store, flush_seconds, self._flush)
         self._keeping = Loop("gradwatch-sealer", store, 1.0, self._keep)
@@ -104,6 +108,16 @@ class Recorder:
     def wake(self) -> threading.Event:
         """To be set when rows or events should be flushed soon."""
         return self._flushing.wake
+
+    @property
+    def waiting_steps(self) -> int:
+        """Steps that are not in the file yet."""
+        return self.put_steps + self._asked_steps - self._taken_steps
+
+    @property
+    def waiting_bytes(self) -> int:
+        """About how many bytes they take."""
+        return self.put_bytes + self._asked_bytes - self._taken_bytes
 
     def change(self, changes: dict[str, Any]) -> None:
         """Change fields of run.json soon."""
@@ -116,7 +130,7 @@ class Recorder:
             logger.error("gradwatch: the disk does not answer; %s is left as it is", self.store.path)
             return
         trouble = Trouble(self.store.path)
-        self.lost_steps += self.put_steps - self.taken_steps
+        self.lost_steps += self.waiting_steps
         trouble.guard("events", self._mark_thinning)
         trouble.guard("the end", lambda: self.store.finish(status, detail, overhead=self._counters()))
         if self.lost_steps:
@@ -134,7 +148,7 @@ class Recorder:
 
     def _flush_rows(self) -> None:
         breathe = Breather()
-        while self._rows or self.batches:
+        while self._rows or self.batches or self._ask():
             if not self._rows:
                 self._rows = self._take()
             while self._rows:
@@ -151,8 +165,22 @@ class Recorder:
         except Exception:  # rows that cannot be encoded must not stop those that follow
             self.lost_steps += len(rows)
             logger.exception("gradwatch: steps %d to %d cannot be recorded", rows.step[0], rows.step[-1])
-        self.taken_steps += len(rows)
-        self.taken_bytes += weight(rows)
+        self._taken_steps += len(rows)
+        self._taken_bytes += weight(rows)
+
+    def _ask(self) -> bool:
+        """Fetch the steps that wait elsewhere, if that was not done lately; whether there are any."""
+        now = time.monotonic()
+        if now - self._asked < self._flush_seconds / 2:
+            return False
+        self._asked = now
+        rows = self.more()
+        if rows is None:
+            return False
+        self._asked_steps += len(rows)
+        self._asked_bytes += weight(rows)
+        self._rows = [rows]
+        return True
 
     def _take(self) -> list[StepBatch]:
         """Batches from the queue, joined as far as they fit together."""
