@@ -74,7 +74,7 @@ class Rows:
         self._steps.append(_Closed(step, metrics, statistics, stage, skip_reason))
 
     def take(self) -> StepBatch:
-        """The collected steps as a batch that owns its arrays; starts anew. `global_norm` is there also if not added."""
+        """The collected steps as a batch that owns its arrays, `global_norm` among its metrics; starts anew."""
         with self._locked():
             count = len(self._steps)
             whole = self._whole if self._whole is not None and len(self._whole) == count else self._batch(0, count)
@@ -144,7 +144,8 @@ def global_norms(norms: Floats) -> npt.NDArray[np.float64]:
     """
     measured = norms != NOT_MEASURED
     with np.errstate(over="ignore"):
-        found = np.sqrt(np.sum(np.square(norms, dtype=np.float64, where=measured, out=np.zeros(norms.shape)), axis=1))
+        squares = np.square(norms, dtype=np.float64, where=measured, out=np.zeros(norms.shape))
+        found: npt.NDArray[np.float64] = np.sqrt(np.add.reduce(squares, axis=1))
     if not measured.all():
         found[~measured.any(axis=1)] = NOT_MEASURED
     return found

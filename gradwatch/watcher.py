@@ -222,9 +222,10 @@ class Watcher:
         self._looked = time.perf_counter()
         if not len(self._rows):
             return None
-        if (news := self._rows.news()) is not None:
-            self.monitor.record(news)
-        return self.monitor.look(self._rows.take())
+        with np.errstate(all="ignore"):  # whatever the user lets numpy do about NaN
+            if (news := self._rows.news()) is not None:
+                self.monitor.record(news)
+            return self.monitor.look(self._rows.take())
 
     def _catch_up(self) -> None:
         """Look now at what waits for company, where looking can call for no action."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from operator import attrgetter, is_
 from typing import Any
@@ -24,7 +25,7 @@ _GRAD, _VERSION = attrgetter("grad"), attrgetter("_version")
 Grads = list[Tensor | None]
 
 
-@dataclass
+@dataclass(slots=True)
 class Measurement:
     """Norms at one moment, and what tells whether the gradients are still the same.
 
@@ -33,18 +34,27 @@ class Measurement:
             without gradient.
         grads: The p gradients, None without.
         versions: Their version counters, which every change in place raises; 0 without gradient.
+        is_damaged: Whether a norm is known not to be finite.
     """
 
     norms: Any
     grads: Grads
     versions: list[int]
+    is_damaged: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.is_damaged = is_damaged(self.norms)
 
     def changed(self, held: Held) -> list[int]:
         """The places whose gradient is another one than was measured, or was changed in place."""
         then, versions = held.of(self.grads), held.of(self.versions)
         now: Grads = list(map(_GRAD, held.parameters))
-        if all(map(is_, now, then)) and _versions(now) == versions:
-            return []
+        try:
+            if all(map(is_, now, then)) and list(map(_VERSION, now)) == versions:
+                return []
+        except AttributeError:  # of a None
+            if _versions(now) == versions:
+                return []
         return [
             place
             for place, new, old, version in zip(held.places, now, then, versions, strict=True)
@@ -64,6 +74,11 @@ class Measurement:
         else:
             for place in held.places:
                 self.grads[place] = None
+
+
+def is_damaged(norms: Any) -> bool:
+    """Whether a norm is not finite; on an accelerator nobody waits to find out."""
+    return isinstance(norms, np.ndarray) and not math.isfinite(norms.max(initial=0.0))
 
 
 class Held:
@@ -129,9 +144,11 @@ class Gradients:
         self.parameters.append(parameter)
         self._plans.clear()
 
-    @torch.no_grad()
     def measure(self, held: Held | None = None) -> Measurement:
         """Norms of the gradients of these parameters, of all by default; the gradients are not touched."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.measure(held)
         if held is None or held.is_all:
             grads: Grads = list(map(_GRAD, self.parameters))
         else:

@@ -1,47 +1,28 @@
 """Norms of many tensors at once, in float32 or better, with few kernels and without touching them.
 
 Three traps decide the shape of this file. On CPU a kernel per tensor costs more than its arithmetic, so small tensors
-of one shape are stacked. Torch's CPU norm adds up float32 squares in a few long lanes (relative error 4e-5 at two
-million elements, 3e-3 at forty million), so long tensors are cut into rows, whose norms are added up in float64. And
-squares of float32 overflow above 1.8e19 and vanish below 1e-23, so such norms are taken again in float64.
+are copied into slabs. Torch's CPU norm adds up float32 squares in a few long lanes (relative error 4e-5 at two million
+elements, 3e-3 at forty million), so tensors are cut into rows, whose norms are added up in float64. And squares of
+float32 overflow above 1.8e19 and vanish below 1e-23, so such norms are taken again in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
+import itertools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: Longest run of squares that is added up in float32: the error stays near 1e-7.
-ROW = 1024
-#: Tensors up to this many elements are stacked with others of their shape; copying larger ones costs more than a
-#: kernel.
-STACK_LIMIT = 8192
-#: Stacking fewer than this many tensors gains nothing.
-STACK_MINIMUM = 4
+from gradwatch.backends.torch_slab import LINE, is_small, slabs
+
 #: Norms up to this many are taken again one by one, more of them all at once.
 _MANY = 16
 #: Below this the float32 squares of a tensor have lost digits.
 TINY = 1e-17
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Small tensors of one shape and type: one copy, one kernel."""
-
-    pick: Callable[[Sequence[Tensor]], Any]
-    row: int
-
-    def norms(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        together = torch.stack(self.pick(tensors)).view(-1, self.row)
-        norms: Tensor = torch.linalg.vector_norm(together, dim=1, dtype=dtype)
-        return norms
 
 
 class CpuNorms:
@@ -52,37 +33,43 @@ class CpuNorms:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._stacks: list[_Stack] = []
-        self._short: list[int] = []
-        self._long: list[int] = []
-        by_kind: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-        for i, tensor in enumerate(tensors):
-            if _is_plain(tensor) and 0 < tensor.numel() <= STACK_LIMIT and _row_length(tensor.numel()):
-                by_kind.setdefault((tensor.shape, tensor.dtype), []).append(i)
+        small = [i for i, tensor in enumerate(tensors) if is_small(tensor)]
+        self._slabs = slabs(tensors, small)
+        #: Large tensors in equal rows: place and length of a row.
+        self._rows: list[tuple[int, int]] = []
+        self._others: list[int] = []
+        places = [place for slab in self._slabs for place in slab.places]
+        counts = [len(slab.lines) for slab in self._slabs]
+        starts = [slab.starts for slab in self._slabs]
+        for i in sorted(set(range(len(tensors))) - set(small)):
+            if row := _row_length(tensors[i]):
+                self._rows.append((i, row))
+                places.append(i)
+                starts.append(np.zeros(1, np.intp))
+                counts.append(tensors[i].numel() // row)
             else:
-                self._long.append(i)
-        order: list[int] = []
-        counts: list[int] = []
-        for (shape, _), places in by_kind.items():
-            if len(places) >= STACK_MINIMUM:
-                row = _row_length(shape.numel())
-                self._stacks.append(_Stack(itemgetter(*places), row))
-                order += places
-                counts += [shape.numel() // row] * len(places)
-            else:
-                (self._short if shape.numel() <= ROW else self._long).extend(places)
-        self._places: npt.NDArray[np.intp] = np.array([*order, *self._short, *self._long], dtype=np.intp)
-        self._counts = counts + [1] * len(self._short)
-        self._starts = _starts(self._counts) if not self._long else None
+                self._others.append(i)
+        self._places: npt.NDArray[np.intp] = np.array(places, np.intp)
+        offsets = np.cumsum([0, *counts])
+        self._starts = np.concatenate([start + offset for start, offset in zip(starts, offsets, strict=False)] or [[]])
+        self._partial = torch.empty(int(offsets[-1]))
+        self._outs = [self._partial[low:high] for low, high in itertools.pairwise(offsets)]
+        self._numbers: npt.NDArray[np.float32] = self._partial.numpy()
+        self._kind = (tensors[0].device, tensors[0].dtype) if tensors else None
         self._zeros: bytes = b""
 
     def __call__(self, tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-        """Norms in the order of the tensors, float32, shape (number of tensors,)."""
-        norms = self._measure(tensors, torch.float32)
-        if not (norms.max(initial=0.0) < np.inf and norms.min(initial=1.0) >= TINY):
-            norms = self._second_look(norms, tensors)
-        with np.errstate(over="ignore"):
+        """Norms in the order of the tensors, float32, shape (number of tensors,).
+
+        Raises:
+            TypeError: The tensors were moved or cast since they were planned for.
+            RuntimeError: They have another shape or layout now.
+        """
+        norms = self._measure(tensors)
+        if norms.max(initial=0.0) < np.inf and norms.min(initial=1.0) >= TINY:
             return norms.astype(np.float32)
+        with np.errstate(over="ignore"):
+            return self._second_look(norms, tensors).astype(np.float32)
 
     def _second_look(self, norms: npt.NDArray[np.float64], tensors: Sequence[Tensor]) -> npt.NDArray[np.float64]:
         """Norms that float32 squares cannot be trusted for, from float64 ones."""
@@ -99,31 +86,27 @@ class CpuNorms:
             self._zeros = np.equal(norms, 0.0).tobytes()
         return norms
 
-    def _measure(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> npt.NDArray[np.float64]:
-        parts = [stack.norms(tensors, dtype) for stack in self._stacks]
-        if self._short:
-            parts.append(torch.stack(torch._foreach_norm([tensors[i] for i in self._short], 2, dtype=dtype)))
-        starts = self._starts
-        if starts is None:
-            counts = list(self._counts)
-            for i in self._long:
-                pieces = _row_norms(tensors[i], dtype)
-                parts += pieces
-                counts.append(sum(map(len, pieces)))
-            starts = _starts(counts)
+    def _measure(self, tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> npt.NDArray[np.float64]:
+        if tensors and (tensors[0].device, tensors[0].dtype) != self._kind:
+            raise TypeError("the tensors were moved or cast")
+        if dtype is torch.float32:
+            numbers, outs = self._numbers, self._outs
+        else:
+            partial = torch.empty(len(self._partial), dtype=dtype)
+            numbers, outs = partial.numpy(), list(partial.split([len(out) for out in self._outs]))
+        part = 0
+        for slab in self._slabs:
+            torch.linalg.vector_norm(slab.fill(tensors), 2, 1, dtype=dtype, out=outs[part])
+            part += 1
+        for place, row in self._rows:
+            torch.linalg.vector_norm(tensors[place].view(-1, row), 2, 1, dtype=dtype, out=outs[part])
+            part += 1
         norms = np.zeros(len(tensors))
-        if parts:
-            partial = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
-            if len(partial) > len(starts):
-                norms[self._places] = np.sqrt(np.add.reduceat(np.square(partial, dtype=np.float64), starts))
-            else:
-                norms[self._places] = partial
+        if part:
+            norms[self._places] = np.sqrt(np.add.reduceat(np.square(numbers, dtype=np.float64), self._starts))
+        for i in self._others:
+            norms[i] = _norm(tensors[i], dtype)
         return norms
-
-
-def tensor_norms(tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-    """L2 norms of CPU tensors that are measured once, float32, shape (number of tensors,)."""
-    return CpuNorms(tensors)(tensors)
 
 
 def values(tensor: Tensor) -> Tensor:
@@ -144,33 +127,22 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.permute(order).reshape(-1)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_complex() and tensor.dtype is not torch.float64
-
-
-def _starts(counts: list[int]) -> npt.NDArray[np.intp]:
-    ends = np.cumsum(counts, dtype=np.intp)
-    return ends - np.array(counts, dtype=np.intp)
-
-
-def _row_length(size: int) -> int:
-    """The largest divisor of `size` that is at most ROW; 0 when that would make more than 64 rows of a small tensor."""
-    if size <= ROW:
-        return size
-    row = next(n for n in range(ROW, 0, -1) if size % n == 0)
+def _row_length(tensor: Tensor) -> int:
+    """The largest divisor of a large tensor's size that is at most `LINE`; 0 where it cannot be cut like that."""
+    size, dtype = tensor.numel(), tensor.dtype
+    is_plain = tensor.layout is torch.strided and not tensor.is_complex() and dtype is not torch.float64
+    if not (size and is_plain and tensor.is_contiguous()):
+        return 0
+    row = next(n for n in range(min(size, LINE), 0, -1) if size % n == 0)
     return row if row >= 64 else 0
 
 
-def _row_norms(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Norms of rows of the tensor, and of what is left over; at least one number."""
+def _norm(tensor: Tensor, dtype: torch.dtype) -> float:
+    """The norm of any tensor, from those of its rows and of what is left over."""
     if tensor.dtype in (torch.float64, torch.complex128):
         dtype = torch.float64
     line = flat(tensor)
-    size = line.numel()
-    if size <= ROW:
-        return [torch.linalg.vector_norm(line, dtype=dtype).view(1)]
-    rest = size % ROW
-    if not rest:
-        return [torch.linalg.vector_norm(line.view(-1, ROW), dim=1, dtype=dtype)]
-    rows = torch.linalg.vector_norm(line[: size - rest].view(-1, ROW), dim=1, dtype=dtype)
-    return [rows, torch.linalg.vector_norm(line[size - rest :], dtype=dtype).view(1)]
+    whole = len(line) - len(line) % LINE
+    rows = torch.linalg.vector_norm(line[:whole].view(-1, LINE), dim=1, dtype=dtype)
+    rest = torch.linalg.vector_norm(line[whole:], dtype=dtype)
+    return math.hypot(float(torch.linalg.vector_norm(rows.double())), float(rest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.backends.torch_device import DeviceNorms, on_host
-from gradwatch.backends.torch_norms import STACK_LIMIT, CpuNorms, flat
+from gradwatch.backends.torch_norms import CpuNorms, flat
+from gradwatch.backends.torch_slab import is_small, slabs
 from gradwatch.records import NOT_MEASURED, Floats
 
 #: Up to so many weights the memory for the copy is kept: fresh memory costs more than the copying.
@@ -31,50 +31,30 @@ class CpuExtremes:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._count = len(tensors)
-        self._single: list[int] = []
-        self._together: list[tuple[list[int], Callable[[Sequence[Tensor]], Any], int]] = []
-        kinds: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-        for place, tensor in enumerate(tensors):
-            if (
-                tensor.layout is not torch.strided
-                or tensor.is_complex()
-                or not tensor.is_contiguous()
-                or tensor.numel() > STACK_LIMIT
-            ):
-                self._single.append(place)
-            elif tensor.numel():
-                kinds.setdefault((tensor.shape, tensor.dtype), []).append(place)
-        for (shape, _), places in kinds.items():
-            if len(places) > 1:
-                self._together.append((places, itemgetter(*places), shape.numel()))
-            else:
-                self._single += places
+        small = [place for place, tensor in enumerate(tensors) if is_small(tensor)]
+        self._slabs = slabs(tensors, small)
+        self._others = sorted(set(range(len(tensors))) - set(small))
 
     @torch.no_grad()
     def __call__(self, tensors: Sequence[Tensor]) -> npt.NDArray[np.float32]:
         """Shape (3, number of tensors), in the order of `GRADIENT_STATISTICS`; `NOT_MEASURED` of empty tensors."""
-        found = np.full((3, self._count), NOT_MEASURED, np.float32)
-        for places, pick, size in self._together:
-            found[:, places] = _row_extremes(torch.stack(pick(tensors)).view(-1, size))
-        for place in self._single:
+        found = np.full((3, len(tensors)), NOT_MEASURED, np.float32)
+        for slab in self._slabs:
+            lines = slab.fill(tensors)
+            largest = np.maximum.reduceat(torch.maximum(lines.amax(1), -lines.amin(1)).numpy(), slab.starts)
+            filled = np.add.reduceat(lines.bool().sum(1).numpy(), slab.starts)
+            found[:, slab.places] = largest, 1.0 - filled / slab.sizes, np.zeros(len(slab.places))
+        for place in self._others:
             line = flat(tensors[place])
             if line.numel():
-                found[:, place] = _row_extremes(line.view(1, -1))[:, 0]
+                zeros = 1.0 - int(torch.count_nonzero(line)) / len(line)
+                found[:, place] = float(torch.maximum(line.amax(), -line.amin())), zeros, 0.0
+        for place in np.flatnonzero(~np.isfinite(found[0]) & (found[0] != NOT_MEASURED)).tolist():
+            line = flat(tensors[place])
+            finite = torch.isfinite(line)
+            found[0, place] = float(torch.where(finite, line.abs(), 0).max())
+            found[2, place] = len(line) - int(finite.sum())
         return found
-
-
-def _row_extremes(rows: Tensor) -> npt.NDArray[np.float32]:
-    largest = torch.maximum(rows.amax(1), -rows.amin(1)).float().numpy().copy()
-    filled = rows.bool().sum(1) if len(rows) > 1 else torch.count_nonzero(rows).view(1)
-    zeros = 1.0 - filled.numpy() / rows.shape[1]
-    bad = np.zeros(len(largest), np.float32)
-    for row in np.flatnonzero(~np.isfinite(largest)):
-        line = rows[int(row)]
-        finite = torch.isfinite(line)
-        bad[row] = len(line) - int(finite.sum())
-        largest[row] = float(torch.where(finite, line.abs(), 0).max())
-    return np.stack([largest, zeros.astype(np.float32), bad])
 
 
 @torch.no_grad()

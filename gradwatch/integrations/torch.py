@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,7 +33,7 @@ from gradwatch.backends.torch_graph import Uses, read_graph
 from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, thawed, with_uses
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Finish, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
-from gradwatch.errors import ModelError
+from gradwatch.errors import ModelError, StopTraining
 from gradwatch.integrations.torch_attach import attach, unwrapped
 from gradwatch.integrations.torch_between import BetweenSteps
 from gradwatch.integrations.torch_closure import closure_of, telling
@@ -73,6 +72,7 @@ class TorchWatcher(Watcher):
         self.pending = Pending(self._gradients, self._backward)
         self._row: Row | None = None
         self._steps: dict[int, Step] = {}
+        self._running_closure: Step | None = None
         self._in_flight: deque[Row] = deque()
         self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
         self._between = BetweenSteps(
@@ -99,30 +99,33 @@ class TorchWatcher(Watcher):
 
     def safely(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call what may not raise into the training."""
+        if not self.faults.is_on("torch hooks"):
+            return None
         started = time.perf_counter()
-        with np.errstate(all="ignore"):
-            result = self.faults.call("torch hooks", function, *args, default=None)
-        if self.faults.counts and not self.faults.is_on("torch hooks"):
+        try:
+            return function(*args)
+        except StopTraining:
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
+            self.faults.note("torch hooks", error)
             self._undo_all()
             self.pending.clear()
-        self._hook_seconds += time.perf_counter() - started
-        return result
+            return None
+        finally:
+            self._hook_seconds += time.perf_counter() - started
 
     def _after_backward(self) -> None:
         """The gradients of this backward pass are complete."""
         self._backward_since_step = not self._stepped_in_backward
         self._stepped_in_backward = False
         self.pending.measure()
-        running = self._running_closure()
+        running = self._running_closure
         if running is not None and self._row is not None:
             # The first evaluation is the gradient of the step; others are a line search.
             running.evaluations += 1
             is_first = running.evaluations == 1
             reading = self.pending.read(running.optimizer, running.held, sample=self._row.is_sampled and is_first)
             self._use(running, self._row, reading, is_recorded=is_first)
-
-    def _running_closure(self) -> Step | None:
-        return next((step for step in self._steps.values() if step.has_closure), None)
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An optimizer is about to step; returns its arguments anew when there is a closure among them."""
@@ -139,8 +142,7 @@ class TorchWatcher(Watcher):
         self._between.stepping(optimizer, row)
         self._stepped_in_backward = in_backward()
         closure = closure_of(args, kwargs)
-        step = Step(optimizer, held, has_closure=closure is not None)
-        self._steps[key] = step
+        step = self._steps[key] = Step(optimizer, held)
         if self._policy.state.lr_factor != 1.0 and not self.settings.dry_run:
             step.undo.append(ScaledLR(optimizer, self._policy.state.lr_factor).undo)
         if row.is_sampled:
@@ -149,6 +151,7 @@ class TorchWatcher(Watcher):
         if closure is None:
             self._use_pending(step, row)
             return None
+        self._running_closure = step
         step.counters = KeptCounters(optimizer) if self._in_step.can_skip else None
         return telling(args, kwargs, partial(self._evaluated, step, row))
 
@@ -183,17 +186,20 @@ class TorchWatcher(Watcher):
 
     def _use(self, step: Step, row: Row, reading: Reading, *, is_recorded: bool) -> None:
         """Put the gradients that an optimizer is about to use into the row, and run the in-step actions."""
-        found_inf = host_or_copy(getattr(step.optimizer, "found_inf", 0.0))
-        coefficient: Any = 1.0
+        found_inf = getattr(step.optimizer, "found_inf", None)
+        if found_inf is not None:
+            found_inf = host_or_copy(found_inf)
         if self._in_step:
             coefficient = self.faults.call("in-step actions", self._in_step.act, step, row, reading, default=1.0)
+            reading.coefficient = reading.coefficient * coefficient
         if is_recorded:
-            self._put_reading(row, step.held, reading, coefficient)
-            row.put_skip(found_inf, 0.0, reason="grad_scaler")
+            self._put_reading(row, step.held, reading)
+            if found_inf is not None:
+                row.put_skip(found_inf, 0.0, reason="grad_scaler")
 
-    def _put_reading(self, row: Row, held: Held, reading: Reading, coefficient: Any = 1.0) -> None:
+    def _put_reading(self, row: Row, held: Held, reading: Reading) -> None:
         row.put_norms(held, reading.norms)
-        row.put_coefficient(reading.coefficient * coefficient)
+        row.put_coefficient(reading.coefficient)
         if reading.stage != "pre_clip":
             row.stage = reading.stage
         if reading.extremes is not None:
@@ -225,11 +231,15 @@ class TorchWatcher(Watcher):
 
     def _put_updates(self, updates: Finish, row: Row) -> None:
         places, measured = updates()
-        row.put(measured, lambda norms: row.merge(update_statistics(places, norms, len(row.norms))))
+        row.put(measured, lambda norms: row.merge(update_statistics(places, norms, row.width)))
 
     def _undo(self, key: int) -> None:
         step = self._steps.pop(key, None)
-        for undo in reversed(step.undo) if step else ():
+        if step is None:
+            return
+        if step is self._running_closure:
+            self._running_closure = None
+        for undo in reversed(step.undo):
             undo()
 
     def _undo_all(self) -> None:
@@ -240,8 +250,7 @@ class TorchWatcher(Watcher):
         row, self._row = self._row, None
         if row is None:
             return
-        for name, value in self._logbook.take(is_last=is_last).items():
-            row.put_metric(name, value)
+        row.put_metrics(self._logbook.take(is_last=is_last))
         row.metrics["hook_time"] = self._hook_seconds - self._hook_seconds_before
         self._hook_seconds_before = self._hook_seconds
         if self._is_first_row:
@@ -249,6 +258,9 @@ class TorchWatcher(Watcher):
             self._learn()
         self._backward.thin()
         row.send()
+        if row.is_here and not self._in_flight:
+            self._record(row)
+            return
         self._in_flight.append(row)
         while self._in_flight and (self._in_flight[0].is_here or is_last or len(self._in_flight) > LAG):
             self._record(self._in_flight.popleft())
@@ -294,11 +306,10 @@ class TorchWatcher(Watcher):
         """
         self._require_open()
         checked = {name: logged_number(name, value) for name, value in numbers.items()}
-        loss = numbers.get("loss")
-        if self._uses is None and self._is_first_row and isinstance(loss, Tensor) and loss.grad_fn is not None:
-            self.faults.call("graph", self._read_graph, loss, default=None)
+        if self._is_first_row and self._uses is None:
+            self.faults.call("graph", self._read_graph, numbers.get("loss"), default=None)
         is_ahead = self._backward_since_step and not self._steps
-        running = self._running_closure()
+        running = self._running_closure
         self._logbook.add(
             checked,
             is_first=self._row is None and self._is_first_row,
@@ -306,8 +317,9 @@ class TorchWatcher(Watcher):
             is_repeated=running is not None and running.evaluations > 1,
         )
 
-    def _read_graph(self, loss: Tensor) -> None:
-        self._uses = read_graph(loss.grad_fn, self._holders.place)
+    def _read_graph(self, loss: Any) -> None:
+        if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            self._uses = read_graph(loss.grad_fn, self._holders.place)
 
     def mark(self, text: str) -> None:
         """See `Watcher.mark`."""
@@ -321,7 +333,7 @@ class TorchWatcher(Watcher):
         if not places:
             return
         self.pending.before_clip(places, max_norm, total_norm, sample=self._is_sampled_next())
-        if self._row is not None and self._running_closure() is not None:
+        if self._row is not None and self._running_closure is not None:
             # Within a closure the row has its gradients already, and not yet what they are multiplied by.
             self._row.put_coefficient(host_or_copy((max_norm / (total_norm + EPSILON)).clamp(max=1.0)))
         if max_norm == math.inf and on_host(total_norm) and not math.isfinite(float(total_norm)):

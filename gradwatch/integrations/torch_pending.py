@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
 from gradwatch.backends.torch_clips import Clips
 from gradwatch.backends.torch_device import host_or_copy
-from gradwatch.backends.torch_gradients import Gradients, Held, Measurement
+from gradwatch.backends.torch_gradients import Gradients, Held, Measurement, is_damaged
 from gradwatch.records import NOT_MEASURED
 from gradwatch.watcher import global_norm
 
@@ -80,8 +80,7 @@ class Pending:
         self._clips.clear()
         self._scales.clear()
         self._extremes = None
-        norms = measurement.norms
-        if _is_damaged(norms):
+        if measurement.is_damaged:
             # At once: clipping spreads one NaN over all gradients, and then nobody can say where it came from.
             self.sample()
 
@@ -91,6 +90,7 @@ class Pending:
             self._extremes = self._gradients.extremes(self._measurement.grads)
             self._extremes_scaled = not self._scales
 
+    @np.errstate(all="ignore")
     def before_clip(self, places: list[int], max_norm: float, total_norm: Tensor, *, sample: bool) -> None:
         """The user's loop is about to clip the gradients at these places."""
         self._prepare(set(places))
@@ -98,6 +98,7 @@ class Pending:
             self.sample()
         self._clips.add(None if len(places) == len(self._gradients.parameters) else places, max_norm, total_norm)
 
+    @np.errstate(all="ignore")
     def before_unscale(self, held: Held, scale: Tensor) -> None:
         """A GradScaler is about to divide the gradients of an optimizer by its scale."""
         self._prepare(set(held.places))
@@ -133,18 +134,26 @@ class Pending:
 
     def read(self, optimizer: Optimizer, held: Held, *, sample: bool) -> Reading:
         """The gradients that the optimizer is about to use, and what became of them since they were measured."""
-        scale = host_or_copy(getattr(optimizer, "grad_scale", None))
-        pending = self._measurement
+        pending, scale = self._measurement, getattr(optimizer, "grad_scale", None)
         changed = held.places if pending is None else pending.changed(held)
-        is_stale = pending is None or self._used.get(held.number) is pending
-        if changed and (is_stale or pending is None or any(pending.grads[place] is None for place in changed)):
-            reading = self._read_now(held, changed, scale, sample=sample)
+        is_touched = bool(changed or self._scales or self._clips or self._looks_twice or scale is not None)
+        if pending is None or is_touched or sample or pending.is_damaged:
+            reading = self._read_closely(held, changed, host_or_copy(scale), sample=sample)
         else:
-            assert pending is not None
-            reading = self._read_pending(pending, held, changed, scale, sample=sample)
+            norms = held.part(pending.norms)
+            reading = Reading(norms, norms)
         if self._measurement is not None:
             self._used[held.number] = self._measurement
         return reading
+
+    @np.errstate(all="ignore")
+    def _read_closely(self, held: Held, changed: list[int], scale: Any, *, sample: bool) -> Reading:
+        pending = self._measurement
+        is_stale = pending is None or self._used.get(held.number) is pending
+        if changed and (is_stale or pending is None or any(pending.grads[place] is None for place in changed)):
+            return self._read_now(held, changed, scale, sample=sample)
+        assert pending is not None
+        return self._read_pending(pending, held, changed, scale, sample=sample)
 
     def _read_now(self, held: Held, changed: list[int], scale: Any, *, sample: bool) -> Reading:
         """A pass that no hook of ours has seen, or one that still runs and steps its optimizers on the way."""
@@ -156,7 +165,7 @@ class Pending:
             self._measurement, self._extremes = measurement, None
         norms = held.part(measurement.norms) / scale
         reading = Reading(norms, norms, stage="pre_clip" if is_running else "post_clip")
-        if sample or _is_damaged(norms):
+        if sample or is_damaged(norms):
             reading.extremes = _unscaled(self._gradients.extremes(held.of(measurement.grads)), scale)
         return reading
 
@@ -167,7 +176,7 @@ class Pending:
         if sample:
             self.sample()
         reading = Reading(
-            norms, norms, extremes=self._extremes_of(held, scale) if sample or _is_damaged(norms) else None
+            norms, norms, extremes=self._extremes_of(held, scale) if sample or is_damaged(norms) else None
         )
         factor = self._clips.part(held) if self._clips else 1.0
         if changed and self._unexplained < _BELIEVE:
@@ -202,11 +211,6 @@ class Pending:
         self._measurement = None
         self._used.clear()
         self._extremes = None
-
-
-def _is_damaged(norms: Any) -> bool:
-    """Whether a norm is not finite; on an accelerator nobody waits to find out."""
-    return isinstance(norms, np.ndarray) and not np.isfinite(norms.max(initial=0.0))
 
 
 def _unscaled(extremes: Any, scale: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,30 +20,36 @@ from gradwatch.records import NOT_MEASURED, Floats
 from gradwatch.watcher import number
 
 Setter = Callable[[Any], None]
+#: The norms of a row that has none yet.
+_NOTHING: npt.NDArray[np.float32] = np.empty(0, np.float32)
 _MOST_RATES = 8  # learning rates recorded: optimizers, and groups of one
 
 
-@dataclass
 class Row:
     """One row of the record while it is open.
 
-    Numbers on an accelerator are not waited for: `put` keeps them with what is to be done once they have arrived.
+    Numbers on an accelerator are not waited for: they are kept with what is to be done once they have arrived.
+
+    Args:
+        number: Of the step.
+        width: Number of columns.
+        is_sampled: Whether the sampled statistics are taken at this step.
     """
 
-    number: int
-    width: InitVar[int]
-    is_sampled: bool
-    norms: npt.NDArray[np.float32] = field(init=False)
-    metrics: dict[str, float] = field(default_factory=lambda: {"time": time.time()})
-    statistics: dict[str, Floats] = field(default_factory=dict)
-    stepped: set[int] = field(default_factory=set)
-    stage: str = "pre_clip"
-    skip_reason: str = ""
-    _later: list[tuple[Tensor, Setter]] = field(default_factory=list)
-    _transfer: Transfer | None = None
+    __slots__ = (
+        "_later", "_transfer", "is_sampled", "metrics", "norms", "number", "skip_reason", "stage", "statistics",
+        "stepped", "width",
+    )  # fmt: skip
 
-    def __post_init__(self, width: int) -> None:
-        self.norms = np.full(width, NOT_MEASURED, np.float32)
+    def __init__(self, number: int, width: int, *, is_sampled: bool) -> None:
+        self.number, self.width, self.is_sampled = number, width, is_sampled
+        self.metrics: dict[str, float] = {"time": time.time()}
+        self.norms: npt.NDArray[np.float32] = _NOTHING
+        self.statistics: dict[str, Floats] = {}
+        self.stepped: set[int] = set()
+        self.stage, self.skip_reason = "pre_clip", ""
+        self._later: list[tuple[Tensor, Setter]] = []
+        self._transfer: Transfer | None = None
 
     def put_optimizer(self, number: int, optimizer: Optimizer) -> None:
         """An optimizer steps in this row: its learning rates."""
@@ -52,8 +57,10 @@ class Row:
         if number >= _MOST_RATES:
             return
         for place, group in enumerate(optimizer.param_groups[:_MOST_RATES]):
-            if "lr" in group:
-                self.put_metric("lr" if number == place == 0 else f"lr.{number}.{place}", host_or_copy(group["lr"]))
+            lr = group.get("lr")
+            if lr is not None:
+                name = "lr" if number == place == 0 else f"lr.{number}.{place}"
+                self.put_metric(name, host_or_copy(lr) if isinstance(lr, Tensor) else lr)
 
     def put(self, value: Any, setter: Setter) -> None:
         """`setter(value)`, now or when the value has come from the device, as a flat float32 array."""
@@ -64,18 +71,38 @@ class Row:
 
     def put_metric(self, name: str, value: Any) -> None:
         """A number of the step, such as the loss."""
-        self.put(value, lambda number: self.metrics.__setitem__(name, _scalar(number)))
+        if isinstance(value, Tensor):
+            self._later.append((value, lambda number: self.metrics.__setitem__(name, _scalar(number))))
+        else:
+            self.metrics[name] = float(value)
+
+    def put_metrics(self, numbers: dict[str, Any]) -> None:
+        """Numbers of the step by name."""
+        for name, value in numbers.items():
+            self.put_metric(name, value)
 
     def put_norms(self, held: Held, norms: Any) -> None:
         """Gradient norms of one optimizer's parameters."""
-        self.put(norms, lambda numbers: self.norms.__setitem__(held.index, numbers))
+        if isinstance(norms, Tensor):
+            self._later.append((norms, lambda numbers: self._set_norms(held, numbers)))
+        else:
+            self._set_norms(held, norms)
+
+    def _set_norms(self, held: Held, norms: npt.NDArray[np.float32]) -> None:
+        if self.norms is _NOTHING and len(norms) == self.width and held.is_all:
+            self.norms = norms
+            return
+        # Not in place: what the row holds may be the measurement's own array.
+        every = np.full(self.width, NOT_MEASURED, np.float32) if self.norms is _NOTHING else self.norms.copy()
+        every[held.index] = norms
+        self.norms = every
 
     def put_statistics(self, names: Sequence[str], places: Sequence[int], values: Any) -> None:
         """Sampled statistics of one optimizer's parameters, shape (number of names, number of places)."""
 
         def merge(numbers: Any) -> None:
             for name, found in zip(names, np.reshape(numbers, (len(names), len(places))), strict=True):
-                column = np.full(len(self.norms), NOT_MEASURED, np.float32)
+                column = np.full(self.width, NOT_MEASURED, np.float32)
                 column[places] = found
                 self.merge({name: column})
 
@@ -105,8 +132,10 @@ class Row:
 
     def widen(self, count: int) -> None:
         """Make room for parameters that came while the row was open."""
-        more = np.full(count - len(self.norms), NOT_MEASURED, np.float32)
-        self.norms = np.concatenate([self.norms, more])
+        if self.norms is not _NOTHING:
+            more = np.full(count - self.width, NOT_MEASURED, np.float32)
+            self.norms = np.concatenate([self.norms, more])
+        self.width = count
 
     def send(self) -> None:
         """Start copying what is on a device."""
@@ -125,24 +154,26 @@ class Row:
                 setter(numbers)
             self._later, self._transfer = [], None
             self.metrics.pop("_norm", None)
+        if self.norms is _NOTHING:
+            self.norms = np.full(self.width, NOT_MEASURED, np.float32)
 
     def _set_coefficient(self, coefficient: Any) -> None:
-        known = self.metrics.get("clip_coefficient", np.inf)
-        self.metrics["clip_coefficient"] = min(_scalar(coefficient), known)
+        found, known = _scalar(coefficient), self.metrics.get("clip_coefficient")
+        if known is None or found < known:
+            self.metrics["clip_coefficient"] = found
 
 
-@dataclass
 class Step:
     """One optimizer's step in progress: what must be undone and finished when it is over."""
 
-    optimizer: Optimizer
-    held: Held
-    has_closure: bool = False
-    evaluations: int = 0
-    nested: int = 0
-    undo: list[Callable[[], None]] = field(default_factory=list)
-    updates: Finish | None = None
-    counters: KeptCounters | None = None
+    __slots__ = ("counters", "evaluations", "held", "nested", "optimizer", "undo", "updates")
+
+    def __init__(self, optimizer: Optimizer, held: Held) -> None:
+        self.optimizer, self.held = optimizer, held
+        self.evaluations = self.nested = 0
+        self.undo: list[Callable[[], None]] = []
+        self.updates: Finish | None = None
+        self.counters: KeptCounters | None = None
 
 
 class Logbook:
