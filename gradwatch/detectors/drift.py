@@ -33,28 +33,30 @@ class Drift(Remembers):
     Attributes:
         active: bool array of shape (l,).
         any: Whether any layer drifts.
+        holds: Whether any layer seemed to drift when the trend was renewed last.
         usual: The steepest slope of a layer that does not drift, fading, from before the window; nats per step.
     """
 
     active = PerLayer(False)
     any = Kept(False)
     held = PerLayer(0)
+    holds = Kept(False)
     usual = Kept(0.0)
     recent = Kept[list[float]]([])
     renewals = Kept(0)
 
     def follow(self, trend: Trend, *, growth: float, rise: float, certainty: float) -> None:
         """Take the renewed trend; negative `growth` looks for decay."""
-        sign = math.copysign(1.0, growth)
-        candidates = self._candidates(trend, sign, abs(growth), rise, certainty)
-        self.held = np.where(candidates, self.held + 1, 0)
         self.renewals += 1
-        self.active = self.held >= (PATIENCE if self.renewals > 2 * BLOCKS else EARLY_PATIENCE)
-        self.any = bool(self.active.any())
-        steepest = np.abs(trend.slope)
-        if candidates.any():
-            steepest = np.where(candidates, 0.0, steepest)
-        self.recent.append(float(np.fmax.reduce(steepest, initial=0.0)))
+        steepest = max(trend.highest, -trend.lowest)
+        top = trend.highest if growth > 0 else -trend.lowest
+        if self.holds or top >= max(abs(growth), UNUSUAL * self.usual):
+            candidates = self._candidates(trend, math.copysign(1.0, growth), abs(growth), rise, certainty)
+            self.held = np.where(candidates, self.held + 1, 0)
+            self.active = self.held >= (PATIENCE if self.renewals > 2 * BLOCKS else EARLY_PATIENCE)
+            self.any, self.holds = bool(self.active.any()), bool(candidates.any())
+            steepest = float(np.fmax.reduce(np.where(candidates, 0.0, np.abs(trend.slope)), initial=0.0))
+        self.recent.append(steepest)
         if len(self.recent) > BLOCKS:
             self.usual = max(FORGET * self.usual, self.recent.pop(0))
 

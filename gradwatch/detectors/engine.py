@@ -175,10 +175,11 @@ class Engine:
             return found
         try:
             for now in self._signals.advance(batch):
-                rules = self._step(rules, now, on_error)
-                news = [finding for _, rule in rules if rule.changes for finding in rule.take()]
+                news, broken = self._step(rules, now, on_error)
                 if news:
                     found += self._told(news)
+                if broken:
+                    rules = [item for item in rules if item[0] not in broken]
         except Exception as error:
             if on_error is None:
                 raise
@@ -186,16 +187,23 @@ class Engine:
             on_error("signals", error)
         return found
 
-    def _step(self, rules: list[tuple[int, Rule]], now: Signals, on_error: OnError | None) -> list[tuple[int, Rule]]:
-        """Let the rules look at a step; those that are still on."""
-        broken = []
+    def _step(
+        self, rules: list[tuple[int, Rule]], now: Signals, on_error: OnError | None
+    ) -> tuple[list[Finding], list[int]]:
+        """Let those rules look at a step that have a reason to; what they tell, and which of them broke."""
+        news: list[Finding] = []
+        broken: list[int] = []
+        events = now.events
         for i, rule in rules:
-            try:
-                rule.step(now)
-            except Exception as error:  # noqa: BLE001 -- a broken rule must not take the others along
-                self._fail(i, error, on_error)
-                broken.append(i)
-        return [item for item in rules if item[0] not in broken] if broken else rules
+            if rule.wakes_on & events or rule.awake:
+                try:
+                    rule.step(now)
+                except Exception as error:  # noqa: BLE001 -- a broken rule must not take the others along
+                    self._fail(i, error, on_error)
+                    broken.append(i)
+                if rule.changes:
+                    news += rule.take()
+        return news, broken
 
     def _fail(self, i: int, error: Exception, on_error: OnError | None) -> None:
         if on_error is None:

@@ -12,7 +12,7 @@ from gradwatch.detectors import wording
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept
 from gradwatch.detectors.rule import Rule, threshold
-from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.signals import DAMAGE, SAMPLE, Signals
 from gradwatch.records import NOT_MEASURED, Finding, Severity
 
 
@@ -40,12 +40,14 @@ class NonFinite(Rule):
 
     rule: ClassVar[str] = "nonfinite"
     rules: ClassVar[tuple[str, ...]] = ("nonfinite",)
+    wakes_on: ClassVar[int] = SAMPLE | DAMAGE
     scaler_skips = Kept(0)
     lost = Kept(0)
 
     def look(self, now: Signals) -> Sign | None:
         """A sign at every step at which something is not finite."""
         self.scaler_skips = self.scaler_skips + 1 if now.skipped == "grad_scaler" else 0
+        self.follows = self.scaler_skips > 0
         weights = now.samples.get("weight_norm")
         bad_weights = weights is not None and not (np.isfinite(weights) | (weights == NOT_MEASURED)).all()
         bad_loss = now.has_loss and not math.isfinite(now.loss)

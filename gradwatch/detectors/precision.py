@@ -11,7 +11,7 @@ from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import FloatArray, Kept, PerLayer
 from gradwatch.detectors.rule import Rule, threshold
-from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.signals import SAMPLE, Signals
 from gradwatch.records import NOT_MEASURED, Finding, Severity
 
 #: Data types whose small numbers are coarse: below 6e-8 a float16 is zero.
@@ -41,6 +41,7 @@ class Underflow(Rule):
 
     rule: ClassVar[str] = "underflow"
     rules: ClassVar[tuple[str, ...]] = ("underflow",)
+    wakes_on: ClassVar[int] = SAMPLE
     count = PerLayer(0)
     shares = PerLayer(0.0)
     since = Kept(0)

@@ -19,7 +19,7 @@ class DepthProfile(Remembers):
 
     Attributes:
         height: Running mean of the log norms over about five steps, shape (l,).
-        gap: How far a layer is below the largest of the layers after it, nats, shape (l,).
+        gap: How far a layer is below the largest of the layers after it, nats, shape (l,); `deepest` is its maximum.
         slope: Of the line, nats per layer: positive where gradients shrink towards the input, negative where they grow.
         fit: Its share of the variance over depth (R squared).
         fresh: Whether this step renewed them.
@@ -28,6 +28,7 @@ class DepthProfile(Remembers):
     height = PerLayer(math.nan)
     seen = Kept(0)
     gap = PerLayer(0.0)
+    deepest = Kept(0.0)
     slope = Kept(0.0)
     fit = Kept(0.0)
     fresh = Kept(False)
@@ -63,11 +64,12 @@ class DepthProfile(Remembers):
     def _measure(self) -> None:
         height, place = self.height, self._place
         self.gap = np.fmax.accumulate(height[::-1])[::-1] - height
+        self.deepest = float(np.fmax.reduce(self.gap, initial=0.0))
         known = ~np.isnan(height)
         if not known.all():
             height, place = height[known], place[known]
             place = place - place.mean() if len(place) else place
-        centred = height - height.mean() if len(height) else height
+        centred = height - np.add.reduce(height) / len(height) if len(height) else height
         width, power = float(place @ place), float(centred @ centred)
         self.slope = float(place @ centred) / width if width > 0 else 0.0
         self.fit = self.slope**2 * width / power if power > 0 else 0.0

@@ -29,15 +29,16 @@ class Recent(Remembers):
 
     def add(self, value: float) -> None:
         """Take the next value; NaN is a gap."""
-        self.values.append(value)
-        if len(self.values) > SPAN:
-            del self.values[0]
+        values = self.values
+        values.append(value)
+        if len(values) > SPAN:
+            del values[0]
         self.count += 1
-        if self.count % 2 == 0 and len(self.values) == SPAN:
-            self._fit(np.array(self.values))
+        if self.count % 2 == 0 and len(values) == SPAN:
+            self._fit(np.array(values))
 
     def _fit(self, values: FloatArray) -> None:
-        centred = values - values.mean()
+        centred = values - np.add.reduce(values) / SPAN
         self.slope = float(_PLACE @ centred) / _SPREAD
         residual = float(centred @ centred) - self.slope**2 * _SPREAD
         error = math.sqrt(max(residual, 1e-24) / ((SPAN - 2) * _SPREAD))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from gradwatch.detectors.base import Detector, RunContext
 from gradwatch.detectors.life import Life, Sign
 from gradwatch.detectors.memory import Remembers
-from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.signals import EVERY_STEP, Signals
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import Finding, StepBatch
 
@@ -32,6 +32,8 @@ class Rule(Detector, Remembers):
     calm: int = threshold(20, least=1)
 
     rule: ClassVar[str]
+    #: The events at which the rule must look although it saw nothing at the step before.
+    wakes_on: ClassVar[int] = EVERY_STEP
     #: A rise of badness that is told at once.
     jump: ClassVar[float] = math.log(10)
 
@@ -40,6 +42,8 @@ class Rule(Detector, Remembers):
             if f.metadata:
                 _check(f.name, getattr(self, f.name), f.metadata)
         self._signals: Signals | None = None
+        #: Whether the rule must look at the next step in any case; what follows something sets `follows`.
+        self.awake, self.follows = True, False
         self.life = Life(self.rule, calm=self.calm, jump=self.jump)
         self.changes: list[Finding] = []
 
@@ -55,10 +59,12 @@ class Rule(Detector, Remembers):
         """Look at one step and follow the finding; news are appended to `changes`."""
         sign = self.look(now)
         if sign is not None:
+            self.awake = True
             news = self.life.note(now.step, sign)
         elif self.life.open:
             news = self.life.rest(now.step)
         else:
+            self.awake = self.follows
             return
         if news is not None:
             self.changes.append(self.worded(news))
@@ -77,7 +83,7 @@ class Rule(Detector, Remembers):
         self.begin(context)
         self.life.begin(context)
         self.changes = []
-        self._signals = None
+        self.awake, self._signals = True, None
 
     def extend(self, context: RunContext) -> None:
         """Go on with a run that gained parameters."""
@@ -85,6 +91,7 @@ class Rule(Detector, Remembers):
             self._signals.grow(context)
         self.grow(context)
         self.life.grow(context)
+        self.awake = True
 
     def update(self, batch: StepBatch) -> list[Finding]:
         """Findings that opened, changed or resolved in these steps. An engine shares signals; this keeps its own."""
@@ -115,6 +122,7 @@ class Rule(Detector, Remembers):
         """Go on from a state saved by `state_dict`."""
         self.recall(state["own"])
         self.life.recall(state["life"])
+        self.awake = True
         if "signals" in state:
             self._signals = Signals()
             self._signals.begin(self.context)

@@ -27,6 +27,11 @@ LEAST_SPREAD = 0.05
 SETTLED = 5
 
 
+_NO_SAMPLES: dict[str, Floats] = {}
+#: What may have happened at a step that wakes a rule: bits of `Signals.events`.
+EVERY_STEP, SAMPLE, DAMAGE = 1, 2, 4
+
+
 class Signals(Remembers):
     """The state of a run after each step, for the rules to look at.
 
@@ -50,6 +55,8 @@ class Signals(Remembers):
         stable_rate: The learning rate when the loss was at its best.
         skipped: Why the optimizer did not step, or "".
         samples: Statistics taken at this step, name to row.
+        events: `SAMPLE` where there are any, `DAMAGE` where a layer is not clean, the loss is not finite or the step
+            was skipped, and always `EVERY_STEP`.
     """
 
     index = Kept(0)
@@ -89,24 +96,25 @@ class Signals(Remembers):
 
     def advance(self, batch: StepBatch) -> Iterator[Signals]:
         """Look at each step of the batch in turn; yields itself."""
-        losses, rates, factors = (batch.metrics.get(name) for name in ("loss", "lr", "lr_factor"))
+        losses, rates, factors = (_listed(batch, name) for name in ("loss", "lr", "lr_factor"))
         self.modules = batch.modules
         sampled = _sampled(batch)
         norms = self.context.layers.norms(batch.grad_norm)
         clean, logs, zero, bad, absent = _logarithms(norms)
         power = np.where(np.isnan(logs), 0.0, norms) if not clean.all() else norms
-        totals = np.sqrt(np.add.reduce(np.square(power), axis=1))
+        totals = np.sqrt(np.add.reduce(np.square(power), axis=1)).tolist()
+        cleans, reasons = clean.tolist(), batch.skip_reason.tolist()
         for i, step in enumerate(batch.step.tolist()):
-            self.step, self.row = step, batch.grad_norm[i]
-            self.norms, self.logs, self.zero, self.bad = norms[i], logs[i], zero[i], bad[i]
-            self.absent, self.clean = absent[i], bool(clean[i])
+            self.step, self.row, self.clean = step, batch.grad_norm[i], cleans[i]
+            self.norms, self.logs, self.zero, self.bad, self.absent = norms[i], logs[i], zero[i], bad[i], absent[i]
             self.total = math.log(totals[i]) if totals[i] > 0 else math.nan
-            self.loss = _known(losses, i)
-            self.has_loss = losses is not None and float(losses[i]) != NOT_MEASURED
-            self.skipped = SKIP_REASONS[int(batch.skip_reason[i])]
-            self.samples = sampled.get(i, {})
-            rate, factor = _known(rates, i), _known(factors, i)
-            self._take(rate if math.isnan(factor) else rate * factor)
+            self.has_loss, self.skipped = losses[i] != NOT_MEASURED, SKIP_REASONS[reasons[i]]
+            self.loss = losses[i] if self.has_loss else math.nan
+            self.samples = sampled.get(i, _NO_SAMPLES)
+            is_damaged = not self.clean or reasons[i] or (self.has_loss and not math.isfinite(self.loss))
+            self.events = EVERY_STEP | (SAMPLE if self.samples else 0) | (DAMAGE if is_damaged else 0)
+            rate = rates[i] if rates[i] != NOT_MEASURED else math.nan
+            self._take(rate * factors[i] if factors[i] != NOT_MEASURED and factors[i] == factors[i] else rate)
             yield self
             self._learn()
 
@@ -192,11 +200,10 @@ def _logarithms(norms: FloatArray) -> tuple[Mask, FloatArray, Mask, Mask, Mask]:
     return ~none.any(axis=1), logs, zero, bad, absent
 
 
-def _known(values: Floats | None, i: int) -> float:
-    if values is None:
-        return math.nan
-    value = float(values[i])
-    return math.nan if value == NOT_MEASURED else value
+def _listed(batch: StepBatch, name: str) -> list[float]:
+    values = batch.metrics.get(name)
+    found: list[float] = [NOT_MEASURED] * len(batch) if values is None else values.tolist()
+    return found
 
 
 def _sampled(batch: StepBatch) -> dict[int, dict[str, Floats]]:

@@ -12,7 +12,7 @@ from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept, PerLayer, PerParameter
 from gradwatch.detectors.rule import Rule, threshold
-from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.signals import DAMAGE, Signals
 from gradwatch.records import NOT_MEASURED, Finding, Severity
 
 
@@ -39,6 +39,7 @@ class Dead(Rule):
 
     rule: ClassVar[str] = "dead"
     rules: ClassVar[tuple[str, ...]] = ("dead",)
+    wakes_on: ClassVar[int] = DAMAGE
     count = PerLayer(0)
     counting = Kept(False)
 
@@ -47,9 +48,9 @@ class Dead(Rule):
         if now.clean:
             if self.counting:
                 self.count[:] = 0
-                self.counting = False
+            self.counting = self.follows = False
             return None
-        self.counting = True
+        self.counting = self.follows = True
         self.count = np.where(now.zero, self.count + 1, np.where(now.absent, self.count, 0))
         everything = bool((now.zero | now.absent).all()) and bool(now.zero.any())
         soon = everything and (now.course.known or int(self.count.max()) > now.index)
@@ -97,6 +98,7 @@ class Unused(Rule):
 
     rule: ClassVar[str] = "unused"
     rules: ClassVar[tuple[str, ...]] = ("unused",)
+    wakes_on: ClassVar[int] = 0
     waiting = PerParameter(True)
     present = PerParameter(0)
     conditional = Kept(False)
@@ -116,6 +118,7 @@ class Unused(Rule):
 
     def look(self, now: Signals) -> Sign | None:
         """A sign while parameters wait for their first gradient."""
+        self.follows = not self.done
         if self.done:
             return None
         missing = now.row == NOT_MEASURED

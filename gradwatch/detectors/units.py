@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept
 from gradwatch.detectors.rule import Rule, threshold
-from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.signals import SAMPLE, Signals
 from gradwatch.records import NOT_MEASURED, Finding, Severity
 
 
@@ -22,6 +22,7 @@ class ShareOfUnits(Rule):
     learnt: float = threshold(0.1, above=0.0, most=1.0)
     calm: int = threshold(30, least=1)
 
+    wakes_on: ClassVar[int] = SAMPLE
     statistic: ClassVar[str]
     counts = Kept[dict[str, int]]({})
     shares = Kept[dict[str, float]]({})

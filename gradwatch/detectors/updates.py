@@ -13,7 +13,7 @@ from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept, PerLayer
 from gradwatch.detectors.rule import Rule, threshold
-from gradwatch.detectors.signals import Signals
+from gradwatch.detectors.signals import SAMPLE, Signals
 from gradwatch.records import Finding
 
 
@@ -50,6 +50,7 @@ class UpdateRatio(Rule):
 
     rule: ClassVar[str] = "update_ratio"
     rules: ClassVar[tuple[str, ...]] = ("update_ratio",)
+    wakes_on: ClassVar[int] = SAMPLE
     held = Kept("")
     forecast = Kept(math.nan)
     earlier = Kept(math.nan)
@@ -66,6 +67,7 @@ class UpdateRatio(Rule):
                 self.held, self.bar = "waiting", _bar(now)
         if self.held == "waiting" and now.has_loss and not now.loss <= self.bar:  # true of NaN
             self.held = "jump"
+        self.follows = self.held == "waiting"
         if self.held in ("", "waiting"):
             return None
         largest = float(np.fmax.reduce(pace.ratio))
@@ -159,6 +161,7 @@ class Stall(Rule):
 
     rule: ClassVar[str] = "stall"
     rules: ClassVar[tuple[str, ...]] = ("stall",)
+    wakes_on: ClassVar[int] = SAMPLE
     count = PerLayer(0)
     since = Kept(0)
 

@@ -74,8 +74,7 @@ class Vanishing(Rule):
         return self._depth(now) or self._collapse(now) or self._drift(now)
 
     def _depth(self, now: Signals) -> Sign | None:
-        gap = now.profile.gap
-        worst = float(np.fmax.reduce(gap, initial=0.0))
+        gap, worst = now.profile.gap, now.profile.deepest
         if worst < -math.log(self.ratio) or now.course.fallen > self.learnt:
             self.low_count = 0
             return None
