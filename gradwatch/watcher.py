@@ -92,7 +92,7 @@ class Watcher:
         self._new_rows()
         self._next_step = self.settings.start_step if self.settings.start_step is not None else self._writer.next_step
         self._logged: dict[str, float] = {}
-        self._hook_seconds, self._hook_seconds_before, self._step_seconds, self._steps_seen = 0.0, 0.0, 0.0, 0
+        self._hook_seconds, self._step_seconds, self._steps_seen = 0.0, 0.0, 0
         self._last_time, self._looked = 0.0, time.perf_counter()
         self._last_norms: Floats | None = None
         self._closed = False

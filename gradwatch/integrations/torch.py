@@ -13,7 +13,6 @@ Numbers of an accelerator are not waited for: such a row is recorded `LAG` rows 
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -33,10 +32,11 @@ from gradwatch.backends.torch_graph import Uses, read_graph
 from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, thawed, with_uses
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Finish, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
-from gradwatch.errors import ModelError, StopTraining
+from gradwatch.errors import ModelError
 from gradwatch.integrations.torch_attach import attach, unwrapped
 from gradwatch.integrations.torch_between import BetweenSteps
 from gradwatch.integrations.torch_closure import closure_of, telling
+from gradwatch.integrations.torch_guard import Guard
 from gradwatch.integrations.torch_holders import Holders
 from gradwatch.integrations.torch_in_step import InStep
 from gradwatch.integrations.torch_pending import Pending, Reading
@@ -68,7 +68,8 @@ class TorchWatcher(Watcher):
         self._detach: Callable[[], object] = lambda: None
         self._gradients = Gradients(tensors)
         self._holders = Holders(self._gradients, self._gain_parameter)
-        self._backward = BackwardEnd(self._gradients.parameters, self.hook(self._after_backward))
+        self.safely = Guard(self.faults, self._put_right)
+        self._backward = BackwardEnd(self._gradients.parameters, self.safely.hook(self._after_backward))
         self.pending = Pending(self._gradients, self._backward)
         self._row: Row | None = None
         self._steps: dict[int, Step] = {}
@@ -93,26 +94,10 @@ class TorchWatcher(Watcher):
             self.close("crashed", "could not attach")
             raise
 
-    def hook(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook whose failures stay ours, and whose time is counted."""
-        return partial(self.safely, function)
-
-    def safely(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call what may not raise into the training."""
-        if not self.faults.is_on("torch hooks"):
-            return None
-        started = time.perf_counter()
-        try:
-            return function(*args)
-        except StopTraining:
-            raise
-        except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
-            self.faults.note("torch hooks", error)
-            self._undo_all()
-            self.pending.clear()
-            return None
-        finally:
-            self._hook_seconds += time.perf_counter() - started
+    def _put_right(self) -> None:
+        """A hook failed: undo what it may have begun, and watch gradients no longer."""
+        self._undo_all()
+        self.pending.clear()
 
     def _after_backward(self) -> None:
         """The gradients of this backward pass are complete."""
@@ -251,8 +236,8 @@ class TorchWatcher(Watcher):
         if row is None:
             return
         row.put_metrics(self._logbook.take(is_last=is_last))
-        row.metrics["hook_time"] = self._hook_seconds - self._hook_seconds_before
-        self._hook_seconds_before = self._hook_seconds
+        before, self._hook_seconds = self._hook_seconds, self.safely.seconds
+        row.metrics["hook_time"] = self._hook_seconds - before
         if self._is_first_row:
             self._is_first_row = False
             self._learn()

@@ -28,7 +28,10 @@ def attach(watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.M
         loss_fn: A module whose output is the loss; None for none.
     """
     handles: list[Any] = []
-    before, after = _untraced(watcher.hook(watcher.before_step)), _untraced(watcher.hook(watcher.after_step))
+    before, after = (
+        _untraced(watcher.safely.hook(watcher.before_step)),
+        _untraced(watcher.safely.hook(watcher.after_step)),
+    )
     for optimizer in optimizers:
         handles.append(optimizer.register_step_pre_hook(before))
         handles.append(optimizer.register_step_post_hook(after))

@@ -1,0 +1,49 @@
+"""Calls hooks so that their failures stay ours, and counts the time they take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from gradwatch.errors import StopTraining
+from gradwatch.faults import Faults
+
+_PART = "torch hooks"
+
+
+class Guard:
+    """Runs what may not raise into the training; after a failure nothing any more.
+
+    Args:
+        faults: Where failures are noted.
+        undo: Puts right what a hook that failed may have left half done.
+
+    Attributes:
+        seconds: Spent in hooks so far.
+    """
+
+    def __init__(self, faults: Faults, undo: Callable[[], None]) -> None:
+        self._faults, self._undo = faults, undo
+        self.seconds = 0.0
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, or None when it fails or a hook has failed before."""
+        if _PART in self._faults.counts:
+            return None
+        started = time.perf_counter()
+        try:
+            return function(*args)
+        except StopTraining:
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
+            self._faults.note(_PART, error)
+            self._undo()
+            return None
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def hook(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, guarded."""
+        return partial(self, function)
