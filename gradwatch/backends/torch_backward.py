@@ -14,7 +14,8 @@ class BackwardEnd:
     """Calls back once at the end of each backward pass that reaches one of the watched parameters.
 
     A hook on a parameter queues the callback with autograd, which runs it when all gradients have been accumulated. All
-    parameters carry a hook at first, to learn in which order gradients arrive, until `thin` is called.
+    parameters carry a hook at first, to learn in which order gradients arrive, until `thin` is called. Passes nested in
+    one that reached a parameter before, as re-entrant activation checkpointing makes, are part of it.
 
     Args:
         parameters: The parameters, a list that may grow.
@@ -24,7 +25,7 @@ class BackwardEnd:
     def __init__(self, parameters: Sequence[nn.Parameter], on_end: Callable[[], None]) -> None:
         self._parameters, self._on_end = parameters, on_end
         self._handles: dict[int, Any] = {}
-        self._graph_task = -1
+        self._running: list[int] = []
         self._arrivals: list[int] = []
         self._passes: dict[tuple[int, int], list[int]] = {}
         self._suspects: set[int] = set()
@@ -50,6 +51,8 @@ class BackwardEnd:
 
     def thin(self) -> None:
         """Keep only the hooks of the first and the last to arrive in each kind of pass that was seen."""
+        if not in_backward():
+            self._running.clear()  # of a pass that raised
         if not self._passes or self._suspects or len(self._handles) <= 2:
             return
         for place in set(self._handles) - {end for ends in self._passes for end in ends}:
@@ -75,10 +78,11 @@ class BackwardEnd:
     def arrived(self, place: int) -> None:
         """The gradient of the parameter at this place is complete."""
         task = torch._C._current_graph_task_id()
-        if task != self._graph_task:
-            self._graph_task = task
-            self._arrivals = []
+        if task not in self._running:
+            if not self._running:
+                self._arrivals = []
             if task != -1:
+                self._running.append(task)
                 _queue(self._queue_end)
         self._arrivals.append(place)
 
@@ -88,6 +92,10 @@ class BackwardEnd:
         _queue(self._end)
 
     def _end(self) -> None:
+        if torch._C._current_autograd_node() is not None and len(self._running) > 1:
+            self._running.pop()  # nested in the backward of another node, whose own pass will end
+            return
+        self._running.clear()
         arrivals = self._arrivals
         ends = (arrivals[0], arrivals[-1])
         if len(arrivals) > len(self._passes.get(ends, ())):

@@ -110,12 +110,19 @@ class CpuNorms:
 
 
 def values(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as a real, dense one: duplicates of a sparse gradient are summed."""
+    """The numbers of a tensor as real, dense and fit for arithmetic: duplicates of a sparse gradient are summed."""
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     elif tensor.layout is not torch.strided:
         tensor = tensor.values()
+    if is_float8(tensor):
+        tensor = tensor.float()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def is_float8(tensor: Tensor) -> bool:
+    """Whether the numbers have a type that torch stores and converts but does no arithmetic with."""
+    return tensor.dtype.itemsize == 1 and tensor.is_floating_point()
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -131,7 +138,7 @@ def _row_length(tensor: Tensor) -> int:
     """The largest divisor of a large tensor's size that is at most `LINE`; 0 where it cannot be cut like that."""
     size, dtype = tensor.numel(), tensor.dtype
     is_plain = tensor.layout is torch.strided and not tensor.is_complex() and dtype is not torch.float64
-    if not (size and is_plain and tensor.is_contiguous()):
+    if not (size and is_plain and tensor.is_contiguous()) or is_float8(tensor):
         return 0
     row = next(n for n in range(min(size, LINE), 0, -1) if size % n == 0)
     return row if row >= 64 else 0

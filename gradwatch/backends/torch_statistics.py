@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.backends.torch_device import DeviceNorms, on_host
-from gradwatch.backends.torch_norms import CpuNorms, flat
+from gradwatch.backends.torch_norms import CpuNorms, flat, is_float8
 from gradwatch.backends.torch_slab import is_small, slabs
 from gradwatch.records import NOT_MEASURED, Floats
 
@@ -81,7 +81,7 @@ class Updates:
 
     Args:
         places: Places of the parameters that the optimizer holds.
-        parameters: Those parameters.
+        parameters: Those parameters; of float8 ones nothing is measured, since torch cannot subtract them.
     """
 
     def __init__(self, places: Sequence[int], parameters: Sequence[nn.Parameter]) -> None:
@@ -101,6 +101,8 @@ class Updates:
         """
         number = turn % len(self._parts)
         places, parameters = self._parts[number]
+        if not parameters:
+            return lambda: ([], np.zeros((2, 0), np.float32))
         before = self._copy(number, parameters)
 
         @torch.no_grad()
@@ -142,6 +144,8 @@ def _parts(parameters: Sequence[nn.Parameter]) -> list[list[int]]:
     parts: list[list[int]] = [[]]
     size = 0
     for i, parameter in enumerate(parameters):
+        if is_float8(parameter):
+            continue
         if parts[-1] and size + parameter.numel() > MOST_COPIED:
             parts.append([])
             size = 0

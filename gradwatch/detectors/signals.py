@@ -29,7 +29,7 @@ SETTLED = 5
 
 _NO_SAMPLES: dict[str, Floats] = {}
 #: What may have happened at a step that wakes a rule: bits of `Signals.events`.
-EVERY_STEP, SAMPLE, DAMAGE = 1, 2, 4
+EVERY_STEP, SAMPLE, DAMAGE, SCALE = 1, 2, 4, 8
 
 
 class Signals(Remembers):
@@ -54,9 +54,10 @@ class Signals(Remembers):
         opening, sizes: What the first step showed; the distribution of the global norm.
         stable_rate: The learning rate when the loss was at its best.
         skipped: Why the optimizer did not step, or "".
+        scale: The loss scale of mixed precision; `NOT_MEASURED` where there is none.
         samples: Statistics taken at this step, name to row.
         events: `SAMPLE` where there are any, `DAMAGE` where a layer is not clean, the loss is not finite or the step
-            was skipped, and always `EVERY_STEP`.
+            was skipped, `SCALE` where the gradient was scaled, and always `EVERY_STEP`.
     """
 
     index = Kept(0)
@@ -96,7 +97,7 @@ class Signals(Remembers):
 
     def advance(self, batch: StepBatch) -> Iterator[Signals]:
         """Look at each step of the batch in turn; yields itself."""
-        losses, rates, factors = (_listed(batch, name) for name in ("loss", "lr", "lr_factor"))
+        losses, rates, factors, scales = (_listed(batch, name) for name in ("loss", "lr", "lr_factor", "grad_scale"))
         self.modules = batch.modules
         sampled = _sampled(batch)
         norms = self.context.layers.norms(batch.grad_norm)
@@ -110,9 +111,10 @@ class Signals(Remembers):
             self.total = math.log(totals[i]) if totals[i] > 0 else math.nan
             self.has_loss, self.skipped = losses[i] != NOT_MEASURED, SKIP_REASONS[reasons[i]]
             self.loss = losses[i] if self.has_loss else math.nan
-            self.samples = sampled.get(i, _NO_SAMPLES)
+            self.scale, self.samples = scales[i], sampled.get(i, _NO_SAMPLES)
             is_damaged = not self.clean or reasons[i] or (self.has_loss and not math.isfinite(self.loss))
             self.events = EVERY_STEP | (SAMPLE if self.samples else 0) | (DAMAGE if is_damaged else 0)
+            self.events |= SCALE if self.scale > 0 else 0
             rate = rates[i] if rates[i] != NOT_MEASURED else math.nan
             self._take(rate * factors[i] if factors[i] != NOT_MEASURED and factors[i] == factors[i] else rate)
             yield self

@@ -79,6 +79,7 @@ TABLE: tuple[Row, ...] = (
     Row("learning_rate", BLOW_UP, (), why="nothing else explains it"),
     # Gradients that are too small or absent.
     Row("unused_layers", ("unused",), ()),
+    Row("half_overflow", ("underflow",), (), ("scale",), why="only a loss scale below 1 gives finite gradients"),
     Row("half_underflow", ("underflow",), ()),
     Row("init_small", ("stall",), ("tiny_first_gradient", "deep"), why="the signal was gone before the first step"),
     Row("half_underflow", ("stall",), ("rounded",), why="updates below the resolution of the weights"),

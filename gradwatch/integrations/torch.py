@@ -344,15 +344,17 @@ class TorchWatcher(Watcher):
         if held is not None:
             self.pending.before_unscale(held, scale)
 
-    def overflowed(self, optimizer: Optimizer, scale: Tensor) -> None:
-        """A GradScaler found an overflow and left the step out."""
+    def scaled(self, optimizer: Optimizer, scale: Tensor) -> None:
+        """A GradScaler has stepped an optimizer or, having found an overflow, left its step out."""
         held = self._holders.of(optimizer)
-        if held is not None:
-            row = self._row_of(optimizer, held)
+        row = self._row if self.has_stepped or held is None else self._row_of(optimizer, held)
+        if held is None or row is None:
+            return
+        if not self.has_stepped:
             self._put_reading(row, held, self.pending.read(optimizer, held, sample=row.is_sampled))
-            row.put_metric("grad_scale", host_or_copy(scale))
             row.skip_reason = "grad_scaler"
             self.pending.forget(held)
+        row.put_metric("grad_scale", host_or_copy(scale))
 
     def state_dict(self) -> dict[str, Any]:
         """See `Watcher.state_dict`; the step in progress is complete with it."""

@@ -106,9 +106,8 @@ class Ear:
 
     def after_scaler_step(self, optimizer: Optimizer, scale: Tensor) -> None:
         """It did; when no optimizer stepped, it found an overflow."""
-        watcher = self._watcher()
-        if watcher and not watcher.has_stepped:
-            watcher.safely(watcher.overflowed, optimizer, scale)
+        if watcher := self._watcher():
+            watcher.safely(watcher.scaled, optimizer, scale)
 
 
 class LossHook:

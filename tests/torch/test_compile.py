@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -145,6 +146,32 @@ def test_an_optimizer_step_that_is_compiled(run_dir: Path) -> None:
     train(other, torch.optim.SGD(other.parameters(), lr=0.1))
     assert_norms(record.norms, norms)
     assert_same([*model.parameters()], [*other.parameters()])
+
+
+@pytest.mark.parametrize("lr", ["a number", "a tensor"])
+def test_actions_reach_an_optimizer_step_that_is_compiled(run_dir: Path, lr: str) -> None:
+    def rate() -> Any:
+        return torch.tensor(0.01) if lr == "a tensor" else 0.01
+
+    model, other = mlp(), mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate(), capturable=True)
+    of_other = torch.optim.Adam(other.parameters(), lr=rate())
+    step = torch.compile(optimizer.step, backend="eager")
+    with watching(run_dir, model, optimizer, actions=[Clip(max_norm=0.1)]) as (watcher, record):
+        for i, (x, y) in enumerate(data(8)):
+            if i == 4:
+                watcher._policy.state.lr_factor = 0.5  # as DecayLR has it
+                of_other.param_groups[0]["lr"] = rate() * 0.5
+            for net in (model, other):
+                net.zero_grad()
+                mse(net, x, y).backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+            step()
+            of_other.step()
+    for one, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, theirs, rtol=1e-5, atol=1e-6)
+    assert (record.metric("clip_coefficient") < 1).all()
+    np.testing.assert_allclose(record.metric("lr"), 0.01, rtol=1e-6)
 
 
 def test_clip_works_on_a_compiled_model(run_dir: Path) -> None:
