@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,8 @@ from gradwatch.records import METRICS, MODULE_STATISTICS, NOT_MEASURED, Floats, 
 _BLANK = frozenset(METRICS)
 
 
-class _Closed(NamedTuple):
-    """A step, but for its norms."""
-
-    step: int
-    metrics: dict[str, float]
-    statistics: dict[str, Floats] | None
-    stage: int
-    skip_reason: int
+#: A step but for its norms: number, metrics, statistics, stage, reason of a skip.
+_Closed = tuple[int, dict[str, float], dict[str, Floats] | None, int, int]
 
 
 class Rows:
@@ -71,7 +65,7 @@ class Rows:
         else:
             row[:width] = norms
             row[width:] = NOT_MEASURED
-        self._steps.append(_Closed(step, metrics, statistics, stage, skip_reason))
+        self._steps.append((step, metrics, statistics, stage, skip_reason))
 
     def take(self) -> StepBatch:
         """The collected steps as a batch that owns its arrays, `global_norm` among its metrics; starts anew."""
@@ -99,28 +93,29 @@ class Rows:
         return self._lock
 
     def _batch(self, begin: int, end: int) -> StepBatch:
-        steps, norms = self._steps[begin:end], self._norms[begin:end]
-        names = sorted(_BLANK.union(*[closed.metrics for closed in steps]))
-        table = np.array([[closed.metrics.get(name, NOT_MEASURED) for closed in steps] for name in names])
+        norms = self._norms[begin:end]
+        steps, numbers, statistics, stages, reasons = zip(*self._steps[begin:end], strict=True)
+        names = sorted(_BLANK.union(*numbers))
+        table = np.array([[known.get(name, NOT_MEASURED) for known in numbers] for name in names])
         metrics = dict(zip(names, table, strict=True))
         unknown = metrics["global_norm"] == NOT_MEASURED
         if unknown.any():
             metrics["global_norm"][unknown] = global_norms(norms[unknown])
         return StepBatch(
             parameters=self.parameters,
-            step=np.array([closed.step for closed in steps], np.int64),
+            step=np.array(steps, np.int64),
             grad_norm=norms,
             metrics=metrics,
-            statistics=self._samples(steps),
+            statistics=self._samples(statistics),
             modules=self.modules,
-            stage=np.array([closed.stage for closed in steps], np.int8),
-            skip_reason=np.array([closed.skip_reason for closed in steps], np.int8),
+            stage=np.array(stages, np.int8),
+            skip_reason=np.array(reasons, np.int8),
         )
 
-    def _samples(self, steps: list[_Closed]) -> dict[str, Samples]:
+    def _samples(self, statistics: Iterable[dict[str, Floats] | None]) -> dict[str, Samples]:
         found: dict[str, list[tuple[int, Floats]]] = {}
-        for row, closed in enumerate(steps):
-            for name, values in (closed.statistics or {}).items():
+        for row, sampled in enumerate(statistics):
+            for name, values in (sampled or {}).items():
                 found.setdefault(name, []).append((row, values))
         return {name: self._stack(name, samples) for name, samples in found.items()}
 

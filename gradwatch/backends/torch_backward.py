@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_task_id = torch._C._current_graph_task_id
+#: Has autograd call a function at the end of the pass that is running.
+_queue: Callable[[Callable[[], None]], None] = torch.autograd.Variable._execution_engine.queue_callback
+
 
 class BackwardEnd:
     """Calls back once at the end of each backward pass that reaches one of the watched parameters.
@@ -69,22 +73,24 @@ class BackwardEnd:
         reference = weakref.ref(self)
 
         def arrived(_: Tensor) -> None:
+            """The gradient of the parameter at this place is complete."""
             end = reference()
-            if end is not None:
-                end.arrived(place)
+            if end is None:
+                return
+            task = _task_id()
+            if task not in end._running:
+                end._begin(task)
+            end._arrivals.append(place)
 
         return arrived
 
-    def arrived(self, place: int) -> None:
-        """The gradient of the parameter at this place is complete."""
-        task = torch._C._current_graph_task_id()
-        if task not in self._running:
-            if not self._running:
-                self._arrivals = []
-            if task != -1:
-                self._running.append(task)
-                _queue(self._queue_end)
-        self._arrivals.append(place)
+    def _begin(self, task: int) -> None:
+        """The first gradient of a backward pass has arrived."""
+        if not self._running:
+            self._arrivals = []
+        if task != -1:
+            self._running.append(task)
+            _queue(self._queue_end)
 
     def _queue_end(self) -> None:
         # Queued again from the end of the pass, to come behind those of DistributedDataParallel and FSDP, which reduce
@@ -105,10 +111,6 @@ class BackwardEnd:
         self._on_end()
 
 
-def _queue(callback: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
 def in_backward() -> bool:
     """Whether a backward pass is running in this thread."""
-    return torch._C._current_graph_task_id() != -1
+    return bool(_task_id() != -1)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import compress
-from operator import attrgetter, is_
+from collections.abc import Callable, Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,29 @@ _GRAD, _VERSION = attrgetter("grad"), attrgetter("_version")
 Grads = list[Tensor | None]
 
 
-@dataclass(slots=True)
+class Present:
+    """Which of p gradients are there.
+
+    Args:
+        places: Where they stand.
+        count: The number p.
+    """
+
+    def __init__(self, places: Sequence[int], count: int) -> None:
+        self.places = list(places)
+        self.is_all = len(self.places) == count
+        self.index = np.array(self.places, np.intp)
+        absent = sorted(set(range(count)).difference(self.places))
+        self._absent, self._nothing = _picker(absent), (None,) * len(absent)
+        self._pick = _picker(self.places)
+
+    def of(self, every: Grads) -> Sequence[Any] | None:
+        """Those that are there; None when they are others than these."""
+        if self.is_all:
+            return every
+        return self._pick(every) if self._absent(every) == self._nothing else None
+
+
 class Measurement:
     """Norms at one moment, and what tells whether the gradients are still the same.
 
@@ -33,42 +53,47 @@ class Measurement:
         norms: float32, shape (p,), numpy or, of gradients on an accelerator, a tensor there; `NOT_MEASURED`
             without gradient.
         grads: The p gradients, None without.
-        versions: Their version counters, which every change in place raises; 0 without gradient.
+        present: Which there are.
+        versions: Their version counters, which every change in place raises.
+
+    Attributes:
         is_damaged: Whether a norm is known not to be finite.
     """
 
-    norms: Any
-    grads: Grads
-    versions: list[int]
-    is_damaged: bool = field(init=False)
+    __slots__ = ("_measured", "_present", "_versions", "grads", "is_damaged", "norms")
 
-    def __post_init__(self) -> None:
-        self.is_damaged = is_damaged(self.norms)
+    def __init__(self, norms: Any, grads: Grads, present: Present, versions: list[int]) -> None:
+        self.norms, self.grads, self._present, self._versions = norms, grads, present, versions
+        self._measured: Sequence[Any] | None = present.of(grads)
+        self.is_damaged = is_damaged(norms)
 
     def changed(self, held: Held) -> list[int]:
         """The places whose gradient is another one than was measured, or was changed in place."""
-        then, versions = held.of(self.grads), held.of(self.versions)
         now: Grads = list(map(_GRAD, held.parameters))
-        try:
-            if all(map(is_, now, then)) and list(map(_VERSION, now)) == versions:
-                return []
-        except AttributeError:  # of a None
-            if _versions(now) == versions:
-                return []
+        if self._measured is not None and held.is_same(self._present):
+            try:
+                if all(map(is_, now, self._measured)) and list(map(_VERSION, now)) == self._versions:
+                    return []
+            except AttributeError:  # of a None: one has gone
+                pass
+        versions = dict(zip(self._present.places, self._versions, strict=True))
         return [
             place
-            for place, new, old, version in zip(held.places, now, then, versions, strict=True)
-            if new is not old or (new is not None and new._version != version)
+            for place, new in zip(held.places, now, strict=True)
+            if new is not self.grads[place] or (new is not None and new._version != versions.get(place))
         ]
 
     def accept_changes(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take the gradients as they are now for the measured ones: the change is known."""
         now: Grads = list(map(_GRAD, parameters))
         self.grads = [None if old is None else new for old, new in zip(self.grads, now, strict=False)]
-        self.versions = _versions(self.grads)
+        self._present = _present_in(self.grads)
+        self._measured = self._present.of(self.grads)
+        self._versions = list(map(_VERSION, self._measured or ()))
 
     def forget(self, held: Held) -> None:
         """Let go of gradients that have been used."""
+        self._measured = None
         if held.is_all:
             self.grads = [None] * len(self.grads)
         else:
@@ -78,7 +103,19 @@ class Measurement:
 
 def is_damaged(norms: Any) -> bool:
     """Whether a norm is not finite; on an accelerator nobody waits to find out."""
-    return isinstance(norms, np.ndarray) and not math.isfinite(norms.max(initial=0.0))
+    return isinstance(norms, np.ndarray) and not math.isfinite(np.maximum.reduce(norms, initial=0.0))
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What picks the items at these places, as a tuple."""
+    if len(places) > 1:
+        pick: Callable[[Sequence[Any]], tuple[Any, ...]] = itemgetter(*places)
+        return pick
+    return lambda every: tuple(every[place] for place in places)
+
+
+def _present_in(grads: Grads) -> Present:
+    return Present([place for place, grad in enumerate(grads) if grad is not None], len(grads))
 
 
 class Held:
@@ -96,8 +133,18 @@ class Held:
         self._count = count
         self.is_all = places == list(range(count))
         self.index = np.array(places, np.intp)
+        self._same: Present | None = None
         self._device_index: Tensor | None = None
         self._updates: Updates | None = None
+
+    def is_same(self, present: Present) -> bool:
+        """Whether exactly these parameters have a gradient, in this order."""
+        if present is self._same:
+            return True
+        if present.places == self.places:
+            self._same = present
+            return True
+        return False
 
     def of(self, every: list[Any]) -> list[Any]:
         """The items of a list of all p that belong to these parameters."""
@@ -135,7 +182,9 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self._plans: dict[tuple[int, ...] | None, CpuNorms | DeviceNorms] = {}
+        self._present = Present(range(len(self.parameters)), len(self.parameters))
+        self._plans: dict[tuple[int, ...], CpuNorms | DeviceNorms] = {}
+        self._plan: CpuNorms | DeviceNorms | None = None
         self._extremes: dict[tuple[int, ...], CpuExtremes] = {}
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
@@ -143,6 +192,7 @@ class Gradients:
         """Take one parameter more, which becomes the last column."""
         self.parameters.append(parameter)
         self._plans.clear()
+        self._present, self._plan = Present([], len(self.parameters)), None
 
     def measure(self, held: Held | None = None) -> Measurement:
         """Norms of the gradients of these parameters, of all by default; the gradients are not touched."""
@@ -156,13 +206,20 @@ class Gradients:
             for place, parameter in zip(held.places, held.parameters, strict=True):
                 grads[place] = parameter.grad
         try:
-            versions = list(map(_VERSION, grads))
+            measured = self._present.of(grads)
+            versions = None if measured is None else list(map(_VERSION, measured))
         except AttributeError:  # of a None
-            versions = _versions(grads)
-            present = [grad is not None for grad in grads]
-            places = tuple(compress(range(len(grads)), present))
-            return Measurement(self._norms(list(compress(grads, present)), places), grads, versions)
-        return Measurement(self._norms(grads, None), grads, versions)
+            versions = None
+        if measured is None or versions is None:
+            measured = self._find(grads)
+            versions = list(map(_VERSION, measured))
+        return Measurement(self._norms(measured), grads, self._present, versions)
+
+    def _find(self, grads: Grads) -> Sequence[Any]:
+        """Note which gradients there are, other ones than last time; these."""
+        self._present = _present_in(grads)
+        self._plan = self._plans.get(tuple(self._present.places))
+        return self._present.of(grads) or ()
 
     def extremes(self, grads: Grads) -> Any:
         """Sampled statistics of gradients, shape (3, number of gradients), in the order of `GRADIENT_STATISTICS`.
@@ -196,30 +253,28 @@ class Gradients:
             self._indices[key] = torch.as_tensor(places).to(home)
         return self._indices[key]
 
-    def _norms(self, grads: list[Any], places: tuple[int, ...] | None) -> Any:
-        """Norms at all places, of gradients that stand at these (None: all)."""
-        if not grads:
+    def _norms(self, measured: Sequence[Any]) -> Any:
+        """Norms at all places, of the gradients that are there."""
+        if not measured:
             return np.full(len(self.parameters), NOT_MEASURED, np.float32)
-        plan = self._plans.get(places)
         try:
-            found = (plan or self._planned(grads, places))(grads)
+            found = (self._plan or self._planned(measured))(measured)
         except (RuntimeError, TypeError):
             # A gradient changed its layout, shape or device (a sparse one became dense): plan again.
-            found = self._planned(grads, places)(grads)
-        if places is None or isinstance(found, Tensor):
+            found = self._planned(measured)(measured)
+        if self._present.is_all or isinstance(found, Tensor):
             return found
         norms = np.full(len(self.parameters), NOT_MEASURED, np.float32)
-        norms[list(places)] = found
+        norms[self._present.index] = found
         return norms
 
-    def _planned(self, grads: list[Tensor], places: tuple[int, ...] | None) -> CpuNorms | DeviceNorms:
+    def _planned(self, measured: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
-        is_host = all(map(on_host, grads))
-        plan = CpuNorms(grads) if is_host else DeviceNorms(grads, places, len(self.parameters))
-        self._plans[places] = plan
-        return plan
-
-
-def _versions(grads: Sequence[Tensor | None]) -> list[int]:
-    return [0 if grad is None else grad._version for grad in grads]
+        places = tuple(self._present.places)
+        if all(map(on_host, measured)):
+            self._plan = CpuNorms(measured)
+        else:
+            self._plan = DeviceNorms(measured, None if self._present.is_all else places, len(self.parameters))
+        self._plans[places] = self._plan
+        return self._plan

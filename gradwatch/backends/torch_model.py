@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -166,6 +168,11 @@ def is_compiled(model: nn.Module) -> bool:
         name.endswith("_orig_mod") or "_orig_mod." in name or getattr(module, "_compiled_call_impl", None) is not None
         for name, module in model.named_modules()
     )
+
+
+def frozen(parameters: Sequence[Parameter]) -> npt.NDArray[np.intp]:
+    """Places of the parameters that are not trained."""
+    return np.array([place for place, parameter in enumerate(parameters) if not parameter.trainable], np.intp)
 
 
 def thawed(parameters: Sequence[Parameter], norms: Floats) -> list[Parameter]:

@@ -66,7 +66,7 @@ class CpuNorms:
             RuntimeError: They have another shape or layout now.
         """
         norms = self._measure(tensors)
-        if norms.max(initial=0.0) < np.inf and norms.min(initial=1.0) >= TINY:
+        if np.maximum.reduce(norms, initial=0.0) < np.inf and np.minimum.reduce(norms, initial=1.0) >= TINY:
             return norms.astype(np.float32)
         with np.errstate(over="ignore"):
             return self._second_look(norms, tensors).astype(np.float32)

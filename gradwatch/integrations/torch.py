@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ from gradwatch.backends.torch_clips import EPSILON
 from gradwatch.backends.torch_device import host_or_copy, on_host
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
-from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, thawed, with_uses
+from gradwatch.backends.torch_model import by_execution, describe, frozen, is_compiled, outsider, thawed, with_uses
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Finish, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
@@ -79,12 +80,13 @@ class TorchWatcher(Watcher):
         self._between = BetweenSteps(
             model, optimizers, self._policy, self.monitor, stop=partial(_stop, weakref.ref(self))
         )
+        self._acts_in_step = bool(self._in_step)
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)
         if self._upcoming % self.settings.stats_every == 0:
             self._activations.arm()
         self._uses: Uses | None = None
-        self._frozen = [place for place, parameter in enumerate(described) if not parameter.trainable]
+        self._frozen = frozen(described)
         self._is_first_row = True
         self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
         try:
@@ -164,8 +166,9 @@ class TorchWatcher(Watcher):
         self._backward_since_step = False
         self._logbook.stepping()
         if self._row is None:
-            is_sampled = self._upcoming % self.settings.stats_every == 0
-            self._row = Row(self._upcoming, len(self._gradients.parameters), is_sampled=is_sampled)
+            number = self._upcoming
+            is_sampled = number % self.settings.stats_every == 0
+            self._row = Row(number, len(self._gradients.parameters), is_sampled=is_sampled)
         self._row.put_optimizer(held.number, optimizer)
         return self._row
 
@@ -174,7 +177,7 @@ class TorchWatcher(Watcher):
         found_inf = getattr(step.optimizer, "found_inf", None)
         if found_inf is not None:
             found_inf = host_or_copy(found_inf)
-        if self._in_step:
+        if self._acts_in_step:
             coefficient = self.faults.call("in-step actions", self._in_step.act, step, row, reading, default=1.0)
             reading.coefficient = reading.coefficient * coefficient
         if is_recorded:
@@ -235,15 +238,15 @@ class TorchWatcher(Watcher):
         row, self._row = self._row, None
         if row is None:
             return
-        row.put_metrics(self._logbook.take(is_last=is_last))
+        for name, value in self._logbook.take(is_last=is_last).items():
+            row.put_metric(name, value)
         before, self._hook_seconds = self._hook_seconds, self.safely.seconds
         row.metrics["hook_time"] = self._hook_seconds - before
         if self._is_first_row:
             self._is_first_row = False
             self._learn()
         self._backward.thin()
-        row.send()
-        if row.is_here and not self._in_flight:
+        if not row.send() and not self._in_flight:
             self._record(row)
             return
         self._in_flight.append(row)
@@ -262,7 +265,7 @@ class TorchWatcher(Watcher):
 
     def _record(self, row: Row) -> None:
         row.receive()
-        if self._frozen and (row.norms[self._frozen] != NOT_MEASURED).any():
+        if len(self._frozen) and np.maximum.reduce(row.norms[self._frozen]) != NOT_MEASURED:
             self._thaw(row)
         due = self._close_row(
             row.norms,
@@ -278,7 +281,7 @@ class TorchWatcher(Watcher):
         """Note that parameters which were frozen are trained now."""
         self._check()
         self._parameters = tuple(thawed(self._parameters, row.norms))
-        self._frozen = [place for place, parameter in enumerate(self._parameters) if not parameter.trainable]
+        self._frozen = frozen(self._parameters)
         self._new_columns()
 
     def _apply(self, due: Due) -> None:

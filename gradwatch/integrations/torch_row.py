@@ -58,9 +58,11 @@ class Row:
             return
         for place, group in enumerate(optimizer.param_groups[:_MOST_RATES]):
             lr = group.get("lr")
-            if lr is not None:
-                name = "lr" if number == place == 0 else f"lr.{number}.{place}"
-                self.put_metric(name, host_or_copy(lr) if isinstance(lr, Tensor) else lr)
+            name = "lr" if number == place == 0 else f"lr.{number}.{place}"
+            if lr.__class__ is float:
+                self.metrics[name] = lr
+            elif lr is not None:
+                self.put_metric(name, host_or_copy(lr))
 
     def put(self, value: Any, setter: Setter) -> None:
         """`setter(value)`, now or when the value has come from the device, as a flat float32 array."""
@@ -76,22 +78,16 @@ class Row:
         else:
             self.metrics[name] = float(value)
 
-    def put_metrics(self, numbers: dict[str, Any]) -> None:
-        """Numbers of the step by name."""
-        for name, value in numbers.items():
-            self.put_metric(name, value)
-
     def put_norms(self, held: Held, norms: Any) -> None:
         """Gradient norms of one optimizer's parameters."""
         if isinstance(norms, Tensor):
             self._later.append((norms, lambda numbers: self._set_norms(held, numbers)))
+        elif held.is_all and self.norms is _NOTHING:
+            self.norms = norms
         else:
             self._set_norms(held, norms)
 
     def _set_norms(self, held: Held, norms: npt.NDArray[np.float32]) -> None:
-        if self.norms is _NOTHING and len(norms) == self.width and held.is_all:
-            self.norms = norms
-            return
         # Not in place: what the row holds may be the measurement's own array.
         every = np.full(self.width, NOT_MEASURED, np.float32) if self.norms is _NOTHING else self.norms.copy()
         every[held.index] = norms
@@ -110,7 +106,10 @@ class Row:
 
     def put_coefficient(self, coefficient: Any) -> None:
         """A clip coefficient; of several optimizers the smallest counts."""
-        self.put(coefficient, self._set_coefficient)
+        if coefficient.__class__ is float and "clip_coefficient" not in self.metrics:
+            self.metrics["clip_coefficient"] = coefficient
+        else:
+            self.put(coefficient, self._set_coefficient)
 
     def put_skip(self, skip: Any, norm: Any, *, reason: str = "") -> None:
         """Whether a step is skipped; without a reason the norm tells whether it was a spike or not finite."""
@@ -137,10 +136,11 @@ class Row:
             self.norms = np.concatenate([self.norms, more])
         self.width = count
 
-    def send(self) -> None:
-        """Start copying what is on a device."""
+    def send(self) -> bool:
+        """Start copying what is on a device; whether there is anything."""
         if self._later:
             self._transfer = Transfer([tensor for tensor, _ in self._later])
+        return self._transfer is not None
 
     @property
     def is_here(self) -> bool:
@@ -233,6 +233,8 @@ def _scalar(number: Any) -> float:
 
 def logged_number(name: str, value: Any) -> Any:
     """A logged value as a float; a scalar tensor on an accelerator as a copy there."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not on_host(value):
-        return host_or_copy(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        if not on_host(value):
+            return host_or_copy(value)
+        value = value.item()
     return number(name, value)
