@@ -35,6 +35,9 @@ class Settings:
         resume: Go on with a run that ended.
         overwrite: Replace a run that is there.
         dry_run: Record what the actions would do; do nothing.
+        record: False in a process of a distributed training whose record another process writes: it measures, finds and
+            acts alike, but writes nothing and tells nobody. For workers of a `tf.distribute` strategy that are not the
+            chief it is always False.
         start_step: Number of the first step; by default 0, or what follows in a resumed run.
     """
 
@@ -51,6 +54,7 @@ class Settings:
     resume: bool = False
     overwrite: bool = False
     dry_run: bool = False
+    record: bool = True
     start_step: int | None = None
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ from gradwatch.records import (
 )
 from gradwatch.rows import Rows, global_norms
 from gradwatch.settings import settings_from
-from gradwatch.writer import RunWriter
+from gradwatch.writer import NoWriter, RunWriter
 
 #: Quick steps that are looked at together where nobody acts on findings, and for how many seconds the first one waits.
 TOGETHER, LATEST = 16, 0.05
@@ -75,7 +75,7 @@ class Watcher:
         self._engine = Engine(self.settings.detectors, self._context())
         self._loaded: Mapping[str, Any] = {}
         info = self._info()
-        self._writer = RunWriter(
+        self._writer = (RunWriter if self.settings.record else NoWriter)(
             self.settings.run_dir or default_run_dir(),
             info,
             overwrite=self.settings.overwrite,
@@ -83,7 +83,7 @@ class Watcher:
             flush_every=self.settings.flush_every,
             flush_seconds=self.settings.flush_seconds,
         )
-        listeners = [*self.settings.alerts, *self.settings.sinks]
+        listeners = [*self.settings.alerts, *self.settings.sinks] if self.settings.record else []
         self.monitor = Monitor(
             writer=self._writer, engine=self._engine, policy=self._policy, listeners=listeners, faults=self.faults
         )

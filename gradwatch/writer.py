@@ -182,6 +182,22 @@ class RunWriter:
         return self._recorder.thinned_steps + self._recorder.lost_steps if self._recorder else self._dropped_steps
 
 
+class NoWriter(RunWriter):
+    """Takes what a `RunWriter` takes and writes nothing: another process writes the record of this training.
+
+    Args:
+        path: The run directory, which is not touched.
+        info: Facts of the run.
+        settings: As for `RunWriter`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], info: RunInfo, **settings: Any) -> None:
+        _check(info, **settings)
+        self.path, self.next_step = Path(path), 0
+        self._pid, self._recorder = os.getpid(), None
+        self._bytes_written = self._dropped_steps = 0
+
+
 def _abandon(recorder: Recorder, pid: int) -> None:
     """At the end of the interpreter, or of a writer that nobody holds any more."""
     if os.getpid() == pid:

@@ -32,6 +32,15 @@ _ACTIVATION_LAYERS = {
 _FARTHEST = 6  # layers between a layer and its activation
 
 
+def _is_chief(optimizer: Any) -> bool:
+    strategy = getattr(optimizer, "_distribution_strategy", None)
+    cluster = getattr(strategy, "cluster_resolver", None)
+    if cluster is None or not cluster.task_type:
+        return True
+    chief = "chief" if "chief" in cluster.cluster_spec().jobs else "worker"
+    return (cluster.task_type, cluster.task_id) == (chief, 0)
+
+
 class Columns:
     """The trainable variables of a model, one column of the record each.
 
@@ -44,12 +53,15 @@ class Columns:
     Attributes:
         parameters: Their descriptions, in column order.
         variables: The Keras variables, in column order.
+        is_chief: Whether this process writes the record: of several workers, TensorFlow's chief.
 
     Raises:
         ModelError: The model is not built or has nothing to train.
     """
 
     def __init__(self, model: keras.Model, optimizers: Iterable[Any] = ()) -> None:
+        optimizers = list(optimizers)
+        self.is_chief = all(map(_is_chief, optimizers))
         owners = list(_owners(model))
         if not owners:
             why = "has nothing to train" if model.built else "is not built: call it on one batch first"

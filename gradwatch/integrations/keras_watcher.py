@@ -80,6 +80,7 @@ class KerasWatcher(Watcher):
         self.micro_steps = 1
         self._taken_at = time.time()
         self.on_close: Callable[[str, str], object] | None = None
+        settings["record"] = settings.get("record", True) and columns.is_chief
         super().__init__(columns.parameters, framework="keras", **settings)
 
     def _new_rows(self) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +86,52 @@ def test_a_data_parallel_gradient_on_jax(tmp_path: Path) -> None:
     finally:
         keras.distribution.set_distribution(None)
     assert relative_error(recorded(tmp_path / "run"), expected) < EXACT
+
+
+def _free_ports(count: int) -> list[str]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [str(each.getsockname()[1]) for each in sockets]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute is TensorFlow's")
+def test_two_workers_record_once_and_act_alike(tmp_path: Path) -> None:
+    ports, results = ",".join(_free_ports(2)), [tmp_path / f"{index}.json" for index in range(2)]
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.keras.worker", str(index), ports, str(tmp_path / "run"), str(result)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index, result in enumerate(results)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    one, other = (json.loads(result.read_text()) for result in results)
+    assert one == other
+    assert one["errors"] == {}
+    assert one["findings"] == [["nonfinite", 3]]
+
+    x, y = data(24)
+    single = dense(optimizer=SGD(0.05, global_clipnorm=0.5))
+    keep = np.r_[0:12, 16:24]
+    expected = reference(single, batches(x[keep], y[keep]))
+    found = recorded(tmp_path / "run")
+    assert relative_error(found[[0, 1, 2, 4, 5]], expected) < EXACT
+    assert np.isnan(found[3]).all()
+    assert metrics(tmp_path / "run")["skip_reason"].tolist() == ["", "", "", "nonfinite", "", ""]
+    assert (
+        max(float(np.abs(np.array(a) - b).max()) for a, b in zip(one["weights"], single.get_weights(), strict=True))
+        < EXACT
+    )
