@@ -20,10 +20,10 @@ READY_DOCS := $(READY)-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras lint format docs bench lock clean
+.PHONY: help setup demo test test-keras test-cuda lint format docs bench lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create the virtual environment in .venv
 
@@ -37,6 +37,10 @@ test-keras: $(READY) $(KERAS_BACKENDS:%=test-keras-%)
 
 test-keras-%: $(READY)
 	KERAS_BACKEND=$* $(BIN)/python -m pytest tests/keras -n $(WORKERS)
+
+test-cuda: $(READY) ## Where there is a GPU: run the tests that need one, then measure the cost on it
+	$(BIN)/python -m pytest -m cuda -p no:xdist $(ARGS)
+	$(BIN)/python -m benchmarks.gpu
 
 lint: $(READY) ## Check format, lint rules, types and sizes
 	$(BIN)/ruff format --check --diff .

@@ -109,7 +109,12 @@ class ActivationSampler:
         device = next(iter(self._outputs.values())).device
         nothing = torch.full((4,), torch.nan, device=device)
         rows = [
-            torch.cat([self._outputs.get(place, nothing), self._gradients.get(place, nothing[:1]).view(1)])
+            torch.cat(
+                [
+                    self._outputs.get(place, nothing).to(device, non_blocking=True),
+                    self._gradients.get(place, nothing[:1]).view(1).to(device, non_blocking=True),
+                ]
+            )
             for place in range(len(self._modules))
         ]
         self._outputs, self._gradients = {}, {}

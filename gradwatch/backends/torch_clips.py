@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.backends.torch_device import on_host
+from gradwatch.backends.torch_device import beside, on_host
 from gradwatch.backends.torch_gradients import Held
 
 EPSILON = 1e-6  # of torch.nn.utils.clip_grad_norm_
@@ -41,14 +41,15 @@ class Clips:
         if all(places is None for places, _ in self._factors):
             product: Any = 1.0
             for _, factor in self._factors:
-                product = product * factor
+                product = beside(product, factor) * factor
             return product
         on_device = next((factor.device for _, factor in self._factors if isinstance(factor, Tensor)), None)
         factors: Any = np.ones(len(held.places), np.float32)
         if on_device is not None:
             factors = torch.ones(len(held.places), device=on_device)
         for places, factor in self._factors:
-            factors = factors * factor if places is None else _multiplied(factors, held, places, factor)
+            there = beside(factor, factors)
+            factors = factors * there if places is None else _multiplied(factors, held, places, there)
         return factors
 
 

@@ -132,7 +132,9 @@ def _host(entry: Any) -> npt.NDArray[Any]:
 
 
 def _on(device: torch.device, state: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(entry if isinstance(entry, Tensor) else _moved(entry, device) for entry in state)
+    return tuple(
+        entry.to(device, non_blocking=True) if isinstance(entry, Tensor) else _moved(entry, device) for entry in state
+    )
 
 
 def _moved(entry: Any, device: torch.device) -> Tensor:

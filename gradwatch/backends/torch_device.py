@@ -22,6 +22,18 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type in HOST
 
 
+def is_capturing() -> bool:
+    """Whether the work of this thread is being recorded into a CUDA graph, in which no host may wait or allocate."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def beside(value: Any, other: Any) -> Any:
+    """A tensor on the device of another one, without waiting; anything else as it is."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor) and value.device != other.device:
+        return value.to(other.device, non_blocking=True)
+    return value
+
+
 class DeviceNorms:
     """L2 norms of a fixed list of tensors, left on the device of the first; planned once.
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from gradwatch.backends.torch_device import is_capturing
 from gradwatch.errors import StopTraining
 from gradwatch.faults import Faults
 
 _PART = "torch hooks"
+logger = logging.getLogger("gradwatch")
 
 
 class Guard:
     """Runs what may not raise into the training; after a failure nothing any more.
+
+    Nor anything while a CUDA graph is captured: a wait or an allocation there would make the capture fail.
 
     Args:
         faults: Where failures are noted.
@@ -27,10 +32,11 @@ class Guard:
     def __init__(self, faults: Faults, undo: Callable[[], None]) -> None:
         self._faults, self._undo = faults, undo
         self.seconds = 0.0
+        self._has_told = False
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, or None when it fails or a hook has failed before."""
-        if _PART in self._faults.counts:
+        if _PART in self._faults.counts or (is_capturing() and self._pass_over()):
             return None
         started = time.perf_counter()
         try:
@@ -43,6 +49,12 @@ class Guard:
             return None
         finally:
             self.seconds += time.perf_counter() - started
+
+    def _pass_over(self) -> bool:
+        if not self._has_told:
+            self._has_told = True
+            logger.warning("gradwatch: a step that is captured into a CUDA graph is not recorded, nor are its replays")
+        return True
 
     def hook(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, guarded."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gradwatch.backends.torch_backward import BackwardEnd, in_backward
 from gradwatch.backends.torch_clips import Clips
-from gradwatch.backends.torch_device import host_or_copy
+from gradwatch.backends.torch_device import beside, host_or_copy
 from gradwatch.backends.torch_gradients import Gradients, Held, Measurement, is_damaged
 from gradwatch.records import NOT_MEASURED
 from gradwatch.watcher import global_norm
@@ -163,7 +163,8 @@ class Pending:
         measurement = self._gradients.measure(held)
         if not is_running:
             self._measurement, self._extremes = measurement, None
-        norms = held.part(measurement.norms) / scale
+        norms = held.part(measurement.norms)
+        norms = norms / beside(scale, norms)
         reading = Reading(norms, norms, stage="pre_clip" if is_running else "post_clip")
         if sample or is_damaged(norms):
             reading.extremes = _unscaled(self._gradients.extremes(held.of(measurement.grads)), scale)
@@ -172,13 +173,14 @@ class Pending:
     def _read_pending(
         self, pending: Measurement, held: Held, changed: list[int], scale: Any, *, sample: bool
     ) -> Reading:
-        norms = held.part(pending.norms) / (self._scales.get(held.number, 1.0) * scale)
+        norms, scaled = held.part(pending.norms), self._scales.get(held.number, 1.0)
+        norms = norms / beside(beside(scaled, scale) * scale, norms)
         if sample:
             self.sample()
         reading = Reading(
             norms, norms, extremes=self._extremes_of(held, scale) if sample or is_damaged(norms) else None
         )
-        factor = self._clips.part(held) if self._clips else 1.0
+        factor = beside(self._clips.part(held), norms) if self._clips else 1.0
         if changed and self._unexplained < _BELIEVE:
             self._unexplained += 1
             self._backward.suspect(changed)
@@ -186,7 +188,7 @@ class Pending:
         reading.now, reading.coefficient = _times(norms, factor), _coefficient(norms, factor)
         if not (changed or looks):
             return reading
-        now = held.part(self._gradients.measure(held).norms) / scale
+        now = beside(held.part(self._gradients.measure(held).norms), norms) / beside(scale, norms)
         coefficient = ratio(now, norms)
         if not (changed or self._looks_twice):
             # `p.grad.data.clamp_()` leaves no trace in the version: once it was found out, look at every step.

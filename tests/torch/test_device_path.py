@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.actions import Clip, SkipStep
+from gradwatch.actions import AGC, AutoClip, Clip, DecayLR, Rollback, SkipStep, ZClip
 from gradwatch.backends import torch_device
 from gradwatch.integrations import torch as integration
+from gradwatch.integrations import torch_guard
 from gradwatch.records import SKIP_REASONS
 from tests.torch.loops import Recorder, assert_norms, assert_same, data, mlp, mse, reference, state_of, watching
 
@@ -153,6 +155,89 @@ def test_parameters_without_gradient_and_two_optimizers(run_dir: Path) -> None:
     assert_norms(record.norms, expected, tolerance=1e-5)
 
 
+def test_nothing_is_done_while_a_cuda_graph_is_captured(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    capturing = [False]
+    monkeypatch.setattr(torch_guard, "is_capturing", lambda: capturing[0])
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    expected = []
+    with watching(run_dir, model, optimizer, actions=[SkipStep(), Clip(max_norm=0.1)]) as (watcher, record):
+        for i, (x, y) in enumerate(data(8)):
+            capturing[0] = i in (3, 4)
+            optimizer.zero_grad()
+            mse(model, x, y).backward()
+            if not capturing[0]:
+                expected.append(reference(model.parameters()))
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        assert watcher.faults.counts == {}
+    assert_norms(record.norms, expected)
+    assert caplog.text.count("captured into a CUDA graph") == 1
+
+
+IN_STEP = pytest.mark.parametrize(
+    "actions",
+    [
+        [],
+        [Clip(max_norm=0.05)],
+        [Clip(per_layer=0.05), Clip(value=0.01)],
+        [ZClip()],
+        [AutoClip()],
+        [AGC()],
+        [SkipStep(), Clip(max_norm=0.05)],
+        [Clip(max_norm=0.05), DecayLR()],
+        [Rollback(every=10)],
+    ],
+    ids=str,
+)
+#: Operations of torch whose result the host waits for.
+WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().partition(".")[0] in WAITS:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("deferred")
+@IN_STEP
+def test_no_operation_reads_a_number_on_the_host(run_dir: Path, actions: list[Any]) -> None:
+    model = mlp(inplace=False)
+    optimizer = _adamw(model.parameters())
+    settings = {"actions": actions, "stats_every": 3, "activations": True}
+    with watching(run_dir, model, optimizer, **settings) as (watcher, record), Waits() as waits:
+        for x, y in data(10):
+            optimizer.zero_grad()
+            loss = mse(model, x, y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model[:3].parameters(), 1.0)
+            optimizer.step()
+            watcher.log(loss=loss)
+    assert waits.names == []
+    assert len(record) == 10
+
+
+@pytest.mark.usefixtures("deferred")
+def test_an_operation_that_reads_a_number_on_the_host_would_be_noticed(run_dir: Path) -> None:
+    model = mlp(inplace=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # cannot be told on the device to skip
+    x, y = data(1)[0]
+    with watching(run_dir, model, optimizer, actions=[SkipStep()]), Waits() as waits:
+        mse(model, x, y).backward()
+        optimizer.step()
+    assert waits.names != []
+
+
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """Any wait of the host for the GPU is an error."""
@@ -164,7 +249,7 @@ def no_waiting() -> Iterator[None]:
 @pytest.mark.cuda
 @pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("make", ["sgd", "adamw fused"])
-@pytest.mark.parametrize("actions", [[], [Clip(max_norm=0.05)], [SkipStep(), Clip(max_norm=0.05)]], ids=str)
+@IN_STEP
 def test_the_host_never_waits_for_the_gpu(run_dir: Path, make: str, actions: list[Any]) -> None:
     if make == "sgd" and any(action.name == "SkipStep" for action in actions):
         pytest.skip("an optimizer that is not fused has to be waited for; the documentation says so")
@@ -215,3 +300,94 @@ def test_training_on_the_gpu_is_bit_identical(run_dir: Path) -> None:
         return [*state_of(model, optimizer), scaler.state_dict(), torch.cuda.get_rng_state()]
 
     assert_same(train(watched=False), train(watched=True))
+
+
+@pytest.mark.cuda
+def test_a_captured_step_trains_as_unwatched_and_its_replays_are_passed_over(run_dir: Path) -> None:
+    def train(*, watched: bool) -> list[Any]:
+        model = mlp().cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True)
+        batches = [(x.cuda(), y.cuda()) for x, y in data(12)]
+        x, y = (tensor.clone() for tensor in batches[0])
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=False)
+            mse(model, x, y).backward()
+            optimizer.step()
+
+        def loop() -> None:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            for batch in batches:
+                x.copy_(batch[0])
+                y.copy_(batch[1])
+                graph.replay()
+
+        if watched:
+            with watching(run_dir, model, optimizer) as (_, record):
+                loop()
+            assert len(record) == 3
+        else:
+            loop()
+        return state_of(model, optimizer)
+
+    assert_same(train(watched=False), train(watched=True))
+
+
+@pytest.mark.cuda
+def test_a_model_compiled_with_cuda_graphs_is_recorded(run_dir: Path) -> None:
+    model = mlp(inplace=False).cuda()
+    compiled: Any = torch.compile(model, mode="reduce-overhead")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    expected = []
+    with watching(run_dir, compiled, optimizer, actions=[Clip(max_norm=0.05)]) as (_, record):
+        for x, y in data(12):
+            optimizer.zero_grad()
+            mse(compiled, x.cuda(), y.cuda()).backward()
+            expected.append(reference(model.parameters()))
+            optimizer.step()
+    assert_norms(record.norms, expected, tolerance=1e-5)
+
+
+@pytest.mark.cuda
+def test_a_rollback_restores_what_was_copied_aside(run_dir: Path) -> None:
+    model = mlp(inplace=False).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    actions = [Rollback(every=2, on="nonfinite")]
+    with watching(run_dir, model, optimizer, actions=actions, detectors="default") as _:
+        for i, (x, y) in enumerate(data(20)):
+            optimizer.zero_grad()
+            mse(model, x.cuda() * (float("nan") if i == 9 else 1.0), y.cuda()).backward()
+            optimizer.step()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.cuda
+def test_a_model_on_two_devices_is_recorded_and_clipped_as_on_one(run_dir: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    model, other = mlp(inplace=False), mlp(inplace=False)
+    first, last = model[:3].cuda(0), model[3:].cuda(1)
+    optimizer = torch.optim.SGD([*first.parameters(), *last.parameters()], lr=0.1)
+    of_other = torch.optim.SGD(other.parameters(), lr=0.1)
+    expected = []
+    with watching(run_dir, model, optimizer, actions=[Clip(max_norm=0.05)], stats_every=3) as (_, record):
+        for x, y in data(9):
+            optimizer.zero_grad()
+            (last(first(x.cuda(0)).cuda(1)) - y.cuda(1)).square().mean().backward()
+            expected.append(reference(model.parameters()))
+            optimizer.step()
+            of_other.zero_grad()
+            mse(other, x, y).backward()
+            nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+            of_other.step()
+    assert_norms(record.norms, expected, tolerance=1e-5)
+    for one, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.cpu(), theirs, rtol=1e-4, atol=1e-5)
