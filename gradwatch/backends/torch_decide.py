@@ -47,11 +47,15 @@ class Decider:
 
     def __init__(self, actions: Sequence[InStepAction]) -> None:
         self._actions = sorted(actions, key=lambda action: (action.name != "SkipStep", not action.by_unit))
-        self._states: list[tuple[Any, ...]] = [tuple(action.initial_state()) for action in self._actions]
+        self.begin()
         self.can_skip = any(action.name == "SkipStep" for action in actions)
 
     def __bool__(self) -> bool:
         return bool(self._actions)
+
+    def begin(self) -> None:
+        """Learn anew what is usual: norms of other weights say nothing about those to come."""
+        self._states: list[tuple[Any, ...]] = [tuple(action.initial_state()) for action in self._actions]
 
     def decide(self, norms: Any, by_unit: ByUnit) -> Verdict:
         """The verdict over gradient norms.

@@ -77,9 +77,8 @@ class TorchWatcher(Watcher):
         self._running_closure: Step | None = None
         self._in_flight: deque[Row] = deque()
         self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
-        self._between = BetweenSteps(
-            model, optimizers, self._policy, self.monitor, stop=partial(_stop, weakref.ref(self))
-        )
+        stop, begin = partial(_stop, weakref.ref(self)), self._in_step.decider.begin
+        self._between = BetweenSteps(model, optimizers, self._policy, self.monitor, stop=stop, begin=begin)
         self._acts_in_step = bool(self._in_step)
         self._logbook = Logbook()
         self._is_compiled = is_compiled(model)

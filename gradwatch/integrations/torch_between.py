@@ -31,6 +31,7 @@ class BetweenSteps:
         policy: Decides.
         monitor: Takes the records.
         stop: Ends the training, with what to say.
+        begin: Told that the weights are others now, and what was usual before is not any more.
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class BetweenSteps:
         monitor: Monitor,
         *,
         stop: Callable[[str], None],
+        begin: Callable[[], None],
     ) -> None:
-        self._stop = stop
+        self._stop, self._begin = stop, begin
         self._model, self._policy, self._monitor = model, policy, monitor
         self._optimizers = list(optimizers)
         self._due: Due | None = None
@@ -108,6 +110,8 @@ class BetweenSteps:
 
     def _done(self, due: Due, step: int, words: str) -> None:
         self._is_renewed = self._is_renewed or due.action.renews
+        if due.action.begins_anew:
+            self._begin()
         self._monitor.acted(due, step, detail=words)
 
     def close(self) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_ as imported_before_watching
 
-from gradwatch.actions import Clip
+from gradwatch.actions import Clip, ZClip
+from gradwatch.backends.torch_decide import Decider
 from tests.torch.loops import Recorder, assert_norms, assert_same, data, mlp, mse, reference, watching
 
 Clipper = Callable[[nn.Module], object]
@@ -242,3 +243,18 @@ def test_clip_acts_on_top_of_the_clipping_of_the_loop(run_dir: Path) -> None:
         optimizer.step()
     assert np.linalg.norm(reference(model.parameters())) == pytest.approx(0.05, rel=1e-4)
     assert record.metric("clip_coefficient")[0] == pytest.approx(0.05 / before, rel=1e-4)
+
+
+def test_what_was_usual_before_new_weights_is_forgotten() -> None:
+    decider = Decider([ZClip(warmup=2)])
+    for norm in (1e-6, 2e-6, 1e-6, 2e-6):
+        decider.decide(np.array([norm]), by_unit=no_units)
+    assert decider.decide(np.array([3.0]), by_unit=no_units).coefficient < 0.01
+
+    decider.begin()
+
+    assert decider.decide(np.array([3.0]), by_unit=no_units).coefficient == 1.0
+
+
+def no_units(action: Any, norms: Any) -> Any:
+    raise AssertionError
