@@ -20,7 +20,7 @@ READY_DOCS := $(READY)-docs
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras test-cuda lint format docs bench lock clean
+.PHONY: help setup demo test test-keras test-cuda notebooks lint format docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ setup: $(READY) ## Create the virtual environment in .venv
 demo: $(READY) ## Train on MNIST three times (healthy, sick, healed) and write a report; about two minutes
 	$(BIN)/gradwatch demo
 
-test: $(READY) test-keras ## Run the tests (ARGS="-k name" to choose, WORKERS=0 for one process)
+test: $(READY) test-keras notebooks ## Run the tests (ARGS="-k name" to choose, WORKERS=0 for one process)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-keras: $(READY) $(KERAS_BACKENDS:%=test-keras-%)
@@ -41,6 +41,9 @@ test-keras-%: $(READY)
 test-cuda: $(READY) ## Where there is a GPU: run the tests that need one, then measure the cost on it
 	$(BIN)/python -m pytest -m cuda -p no:xdist $(ARGS)
 	$(BIN)/python -m benchmarks.gpu
+
+notebooks: $(READY) ## Run the notebooks, with fewer steps than for a reader
+	GRADWATCH_QUICK=1 $(BIN)/python -m pytest --nbmake notebooks -n $(WORKERS)
 
 lint: $(READY) ## Check format, lint rules, types and sizes
 	$(BIN)/ruff format --check --diff .

@@ -90,7 +90,7 @@ def preflight(model: Any, inputs: Any, targets: Any, loss_fn: Callable[..., Any]
         model: A `torch.nn.Module`, in the mode it is to be checked in, or a built Keras model.
         inputs: One batch: a tensor, or a tuple or mapping of the model's arguments.
         targets: Second argument of `loss_fn`.
-        loss_fn: `loss_fn(outputs, targets)`, giving a scalar tensor.
+        loss_fn: `loss_fn(outputs, targets)`, giving a scalar tensor; or a `keras.losses.Loss`.
 
     Raises:
         ModelError: The model cannot be checked.

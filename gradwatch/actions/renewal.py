@@ -63,13 +63,7 @@ class Reinitialize(_WhenNothingIsLearnt):
     Args:
         scheme: `auto`; `data` (only with a batch); `kaiming`, `xavier`, `orthogonal`, `lsuv`; or `default`, the
             module's own `reset_parameters`.
-        on: Rules that call for it.
-        cooldown: Steps between two.
-        max_times: In a run at most.
-        min_severity: Findings below this severity do not call for it.
-        within: Steps within which the finding must stay away, else it did not help.
-        tries: Without help before it is given up.
-        confirm: Steps that the finding must have stood.
+        common: `on`, `cooldown`, `max_times`, `min_severity`, `within`, `tries`, `confirm`, as of every remedy.
 
     Examples:
         >>> Reinitialize(scheme="kaiming", on="vanishing").on

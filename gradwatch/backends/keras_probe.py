@@ -30,7 +30,7 @@ def probe(
         model: Built; called with `training=True`.
         inputs: What the model is called with.
         targets: Second argument of `loss_fn`.
-        loss_fn: `loss_fn(outputs, targets)` to a scalar tensor.
+        loss_fn: `loss_fn(outputs, targets)` to a scalar tensor, or a `keras.losses.Loss`.
 
     Returns:
         The loss, the layers in order, the gradient norm of each variable that has one, and the names of all variables
@@ -110,7 +110,10 @@ class _Outputs:
         self._seen = {}
         calls = [(owner, "call", self._call(key, owner.call)) for key, owner in self._owners.items()]
         with replaced(calls):
-            return keras.ops.mean(loss_fn(self._model(inputs, training=True), targets))
+            outputs = self._model(inputs, training=True)
+            # A loss of Keras takes the targets first.
+            pair = (targets, outputs) if isinstance(loss_fn, keras.losses.Loss) else (outputs, targets)
+            return keras.ops.mean(loss_fn(*pair))
 
     def differentiate(
         self, variables: Sequence[Any], inputs: Any, targets: Any, loss_fn: Callable[..., Any]

@@ -31,6 +31,17 @@ def test_a_probe_measures_the_gradients_and_leaves_the_model_alone() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
 
 
+def test_a_loss_of_keras_gets_the_targets_first() -> None:
+    x, _ = data(12)
+    labels = np.arange(12) % 2
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2, "softmax")])
+    model.compile(loss="sparse_categorical_crossentropy")
+
+    loss, *_ = probe(model, x, labels, keras.losses.SparseCategoricalCrossentropy())
+
+    assert loss == pytest.approx(float(model.evaluate(x, labels, verbose=0)), rel=1e-5)
+
+
 def test_a_deep_sigmoid_network_is_found_to_vanish() -> None:
     x, y = data(32)
     parts = [keras.Input((6,)), *(layers.Dense(8, "sigmoid") for _ in range(10)), layers.Dense(2)]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from gradwatch.reader import RunReader
 from gradwatch.testing import write_run
+from tests.docs.blocks import blocks
 from tests.record.building import PARAMETERS, batch_of, store_at
+from tests.sizes import ROOT
 
-TEXT = (Path(__file__).parents[2] / "docs" / "record-format.md").read_text(encoding="utf-8")
+PAGE = ROOT / "docs" / "record-format.md"
 
 
 def snippets(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    return [block.code for block in blocks(PAGE, language)]
 
 
 @pytest.fixture
@@ -61,10 +60,10 @@ def test_the_sql_of_a_resumed_run_takes_the_last_row_of_a_step(tmp_path: Path, m
 
 
 def test_polars_reads_the_sealed_steps(run: RunReader) -> None:
-    polars = pytest.importorskip("polars")
-    names: dict[str, Any] = {"pl": polars}
+    pytest.importorskip("polars")
+    names: dict[str, Any] = {}
 
-    exec(snippets("polars")[0], names)  # noqa: S102 -- code of our own documentation
+    exec(snippets("python")[1], names)  # noqa: S102 -- code of our own documentation
 
     assert names["weight"]["grad_norm/layers.0.weight"].to_list() == run.grad_norms()["layers.0.weight"].tolist()
 
@@ -74,9 +73,9 @@ def test_polars_reads_the_open_segment(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     store = store_at(tmp_path / "run")
     store.append(batch_of(range(20)))
-    names: dict[str, Any] = {"pl": polars, "pa": pa, "json": json, "Path": Path}
+    names: dict[str, Any] = {"pl": polars}
 
-    exec(snippets("polars")[1], names)  # noqa: S102 -- as above
+    exec(snippets("python")[2], names)  # noqa: S102 -- as above
     store.release()
 
     assert names["tail"].columns == ["step", *(p.name for p in PARAMETERS)]
@@ -86,4 +85,4 @@ def test_polars_reads_the_open_segment(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["run.json", "events.jsonl", "steps", "rollups", "writer.lock"])
 def test_the_page_names_every_file_of_a_run(run: RunReader, name: str) -> None:
     assert (run.path / name).exists()
-    assert name in TEXT
+    assert name in PAGE.read_text(encoding="utf-8")

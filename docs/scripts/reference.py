@@ -1,0 +1,130 @@
+"""Write what the documentation takes from the code: thresholds, formulae and sources, the import graph, the lessons.
+
+`python docs/scripts/reference.py` renews each part between `<!-- from the code: ... -->` and `<!-- end -->`. A test
+holds the pages to what this would write, so that no number can grow stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from gradwatch import actions
+from gradwatch.detectors import CATALOGUE
+
+ROOT = Path(__file__).resolve().parents[2]
+_PART = re.compile(r"(<!-- from the code: (\w+) ?([\w ]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SECTION = re.compile(r"^(Args|Examples|Attributes|Raises):$", re.MULTILINE)
+
+
+def renewed(text: str) -> str:
+    """A page with every generated part as the code says it today."""
+    return _PART.sub(lambda m: f"{m[1]}\n{_PARTS[m[2]](m[3])}\n\n{m[4]}", text)
+
+
+def rules(_: str) -> str:
+    """All rules, and what they see in a sentence."""
+    seen = {name: " ".join(sections(cls)[0].split("\n\n")[0].split()) for name, cls in CATALOGUE.items()}
+    rows = [f"| [`{name}`](rules/{name}.md) | {words} |" for name, words in seen.items()]
+    return "\n".join(["| rule | sees |", "| --- | --- |", *rows])
+
+
+def rule(name: str) -> str:
+    """What a rule sees, its thresholds, its known false alarms."""
+    cls = CATALOGUE[name]
+    text, arguments, rest = sections(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    rows = [
+        f"| `{argument}` | {fields[argument].default:g} | {fields[argument].metadata['words']} | {words} |"
+        for argument, words in arguments.items()
+    ]
+    table = ["| threshold | default | allowed | meaning and source |", "| --- | --- | --- | --- |", *rows]
+    return "\n".join([text, "", *table, "", rest])
+
+
+def action(name: str) -> str:
+    """What an action does, and its arguments with their defaults."""
+    cls = getattr(actions, name)
+    text, arguments, rest = sections(cls)
+    # A clip has no default: exactly one of its limits must be given.
+    defaults = cls().config() if name != "Clip" else dict.fromkeys(arguments)
+    arguments.pop("common", None)
+    rows = [f"| `{argument}` | `{_shown(defaults[argument])}` | {words} |" for argument, words in arguments.items()]
+    more = [f"`{n}={_shown(v)}`" for n, v in defaults.items() if n not in arguments and n != "common"]
+    table = ["| argument | default | meaning |", "| --- | --- | --- |", *rows] if rows else []
+    every = [f"As every remedy between steps: {', '.join(more)}.", ""] if more else []
+    return "\n".join([text, "", *table, *([""] if rows else []), *every, rest]).strip()
+
+
+def imports(_: str) -> str:
+    """The import graph between the folders and files at the top of the package, as a picture."""
+    edges: dict[str, set[str]] = defaultdict(set)
+    package = ROOT / "gradwatch"
+    for file in package.rglob("*.py"):
+        home = file.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradwatch."):
+                other = str(node.module).split(".")[1]
+                if other != home and not home.startswith("__"):
+                    edges[home].add(other)
+    shown = {"detectors", "diagnosis", "actions", "alerts", "sinks", "backends", "monitor", "watcher", "integrations",
+             "reader", "writer", "storage", "reporters", "run", "cli", "remedies"}  # fmt: skip
+    lines = [
+        f"    {home} --> {other}" for home in sorted(shown) for other in sorted(edges[home] & shown) if home in edges
+    ]
+    return "\n".join(["```mermaid", "flowchart BT", *lines, "```"])
+
+
+def lesson(title: str) -> str:
+    """A table that the notebook of the gradient lessons printed, by the beginning of its title."""
+    notebook = json.loads((ROOT / "notebooks" / "gradient_lessons.ipynb").read_text(encoding="utf-8"))
+    printed = [
+        "".join(output["data"]["text/markdown"])
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        if "text/markdown" in output.get("data", {})
+    ]
+    return next(table for table in printed if table.startswith(f"**{title}"))
+
+
+def sections(cls: type) -> tuple[str, dict[str, str], str]:
+    """The docstring of a class: its text, its arguments, and what follows them up to the examples."""
+    doc = inspect.getdoc(cls) or ""
+    head, *more = re.split(r"^Args:$", doc, maxsplit=1, flags=re.MULTILINE)
+    body = _SECTION.split(more[0])[0] if more else ""
+    lines = body.strip("\n").splitlines()
+    end = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), len(lines))
+    arguments: dict[str, str] = {}
+    name = ""
+    for line in lines[:end]:
+        if found := re.match(r" {4}(\w+): (.*)", line):
+            name = found[1]
+            arguments[name] = found[2]
+        elif line.strip():
+            arguments[name] += f" {line.strip()}"
+    return _SECTION.split(head)[0].strip(), arguments, "\n".join(lines[end:]).strip()
+
+
+def _shown(value: object) -> str:
+    return ", ".join(value) if isinstance(value, (tuple, list)) else repr(value)
+
+
+_PARTS = {"rules": rules, "rule": rule, "action": action, "imports": imports, "lesson": lesson}
+
+
+def main() -> None:
+    """Renew all pages."""
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (new := renewed(text)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
