@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from rich.console import Console
 
 from benchmarks.casework import report
 from benchmarks.casework.case import Case
-from benchmarks.casework.recording import RECORDER_VARIABLE, RECORDERS, record_all
+from benchmarks.casework.recording import FRAMEWORK_VARIABLE, RECORDER_VARIABLE, RECORDERS, record_all
 from benchmarks.casework.replaying import replay_all
 from benchmarks.casework.scoring import measure, score_rules, score_runs
 from benchmarks.casework.suites import CASES_VARIABLE, all_cases, half
@@ -30,12 +31,14 @@ TIERS = ("core", "stochastic")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record what is missing, replay, score, print, save."""
     options = _options(arguments)
+    os.environ[FRAMEWORK_VARIABLE] = options.framework
     if options.recorder:
         os.environ[RECORDER_VARIABLE] = options.recorder
     if options.cases:
         os.environ[CASES_VARIABLE] = str(options.cases)
     console = Console(width=None if Console().is_terminal else 150)
-    for suite in ("cases", "scenarios") if options.suite == "all" else (options.suite,):
+    suites = ("cases",) if options.framework == "keras" else ("cases", "scenarios")
+    for suite in suites if options.suite == "all" else (options.suite,):
         scored = [case for case in all_cases() if case.suite == suite and case.tier in TIERS]
         chosen = [case for case in half(scored, options.half) if case.tier in options.tiers]
         _run_suite(console, suite, chosen, options)
@@ -59,8 +62,9 @@ def _run_suite(console: Console, suite: str, cases: list[Case], options: argpars
     seconds, steps = sum(r.result.seconds for r in runs), sum(r.result.outcome.steps for r in runs)
     console.print(f"\nReplayed {steps:,} steps, {1e6 * seconds / max(1, steps):.0f} µs a step, all rules together.")
     if not options.only:
-        file = f"detection-{suite}-{options.half}"
-        path = report.save(file, measured, scores, runs, suite=suite, half=options.half, seeds=options.seeds)
+        file = f"detection-{'keras-' if options.framework == 'keras' else ''}{suite}-{options.half}"
+        facts = {"suite": suite, "half": options.half, "seeds": options.seeds, "framework": options.framework}
+        path = report.save(file, measured, scores, runs, **facts)
         console.print(f"Written to {path}")
 
 
@@ -76,8 +80,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", metavar="WORD", help="only cases whose id contains one of these; nothing is saved")
     add("--list-misses", action="store_true", help="every miss and false alarm with its evidence")
     add("--recorder", choices=tuple(RECORDERS), help="gradwatch itself, or the plain recorder it can be held against")
-    add("--framework", choices=("torch",), default="torch", help="in which the runs are trained")
-    return parser.parse_args(arguments)
+    add("--framework", choices=("torch", "keras"), default="torch", help="in which the runs are trained; keras: cases")
+    options = parser.parse_args(arguments)
+    if options.framework == "keras" and options.suite == "scenarios":
+        parser.error("the scenarios are PyTorch trainings; only --suite cases can be trained in Keras")
+    return options
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,7 @@ class Case:
         causes: The causes (ids of `gradwatch.diagnosis`) of which one should be named; empty where none is known.
         sudden: Nothing in the steps before the failure foretells it (a single bad batch).
         cost: Seconds that one run takes, roughly; cheap ones are recorded first.
+        spec: The specification of a published case, from which other frameworks can build it too.
     """
 
     id: str
@@ -85,6 +87,7 @@ class Case:
     causes: tuple[str, ...] = ()
     sudden: bool = False
     cost: float = 10.0
+    spec: Mapping[str, Any] | None = None
 
     @property
     def faulty(self) -> bool:

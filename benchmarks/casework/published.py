@@ -46,6 +46,7 @@ def case_of(spec: Spec) -> Case:
         judge=functools.partial(_judge, spec),
         fingerprint=json.dumps([trained, _code()], sort_keys=True),
         cost=_cost(spec),
+        spec=spec,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from gradwatch.records import Parameter, Samples, StepBatch
 VERSION = 3
 #: Which recorder measures: `watch` is gradwatch as a user has it, `plain` the independent one it can be held against.
 RECORDER_VARIABLE = "GRADWATCH_BENCHMARK_RECORDER"
+#: In which framework the runs are trained: `torch`, or `keras` (published cases only).
+FRAMEWORK_VARIABLE = "GRADWATCH_BENCHMARK_FRAMEWORK"
 CACHE_VARIABLE = "GRADWATCH_BENCHMARK_CACHE"
 
 
@@ -40,11 +44,26 @@ def recorder_name() -> str:
     return os.environ.get(RECORDER_VARIABLE, "plain")
 
 
+def framework_name() -> str:
+    """The framework in use."""
+    return os.environ.get(FRAMEWORK_VARIABLE, "torch")
+
+
 def path_of(case: Case, seed: int) -> Path:
     """The file of a run; its name holds a hash of everything that the numbers in it depend on."""
-    content = json.dumps([case.fingerprint, seed, VERSION, torch.__version__])
+    in_keras = framework_name() == "keras"
+    depends = [_keras_code(), version("keras")] if in_keras else [torch.__version__]
+    content = json.dumps([case.fingerprint, seed, VERSION, *depends])
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-    return cache_directory() / recorder_name() / case.suite / f"{case.id}.s{seed}.{digest}.npz"
+    folder = "keras" if in_keras else recorder_name()
+    return cache_directory() / folder / case.suite / f"{case.id}.s{seed}.{digest}.npz"
+
+
+@functools.cache
+def _keras_code() -> str:
+    from benchmarks.casework import fingerprint, keras_networks, keras_runs
+
+    return fingerprint.of_modules(keras_networks, keras_runs)
 
 
 def record(case: Case, seed: int) -> Path:
@@ -55,13 +74,23 @@ def record(case: Case, seed: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     started = time.process_time()
-    batch, losses = RECORDERS[recorder_name()](case.build(seed))
+    batch, losses = _measured(case, seed)
     facts = {"id": case.id, "seed": seed, "suite": case.suite, "seconds": time.process_time() - started}
     save(path, batch, losses, facts)
     for old in path.parent.glob(f"{case.id}.s{seed}.*.npz"):
         if old != path:
             old.unlink(missing_ok=True)
     return path
+
+
+def _measured(case: Case, seed: int) -> tuple[StepBatch, Losses]:
+    if framework_name() == "torch":
+        return RECORDERS[recorder_name()](case.build(seed))
+    from benchmarks.casework import keras_runs
+
+    if case.spec is None:
+        raise ValueError(f"only published cases can be trained in Keras: {case.id!r}")
+    return keras_runs.watched(case.spec, seed)
 
 
 def watched(training: Training) -> tuple[StepBatch, Losses]:

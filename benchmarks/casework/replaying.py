@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.casework.case import Case, Outcome
-from benchmarks.casework.recording import load, record
+from benchmarks.casework.recording import framework_name, load, record
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine
 from gradwatch.records import Finding, StepBatch
@@ -53,7 +53,7 @@ class Result:
 
 def listen(batch: StepBatch, detectors: Any = "default") -> tuple[tuple[Alarm, ...], tuple[Finding, ...]]:
     """Alarms, and all findings in their last state, of the steps of `batch`."""
-    engine = Engine(detectors, RunContext(batch.parameters, framework="torch"))
+    engine = Engine(detectors, RunContext(batch.parameters, framework=framework_name()))
     latest: dict[str, Finding] = {}
     raised: dict[str, int] = {}
     for row in batch.split(1):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -156,6 +157,7 @@ def provenance() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
+            **{name: sys.modules[name].__version__ for name in ("keras", "tensorflow") if name in sys.modules},
         },
     }
 
