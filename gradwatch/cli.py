@@ -5,7 +5,6 @@ Exit codes: 0 all well; 1 `check` found something; 2 bad input, or a run that ca
 
 from __future__ import annotations
 
-import enum
 import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradwatch.cli_choices import By, Format, Framework, Level, TableFormat, Theme
 from gradwatch.errors import ConfigurationError, GradwatchError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -50,44 +50,6 @@ To = Annotated[
                  "apprise; again for more. By default those in the environment's GRADWATCH_ALERTS."),
 ]  # fmt: skip
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
-
-
-class Format(enum.StrEnum):
-    """Formats of a report."""
-
-    html = "html"
-    md = "md"
-    json = "json"
-
-
-class Level(enum.StrEnum):
-    """Severities of a finding."""
-
-    info = "info"
-    warning = "warning"
-    critical = "critical"
-
-
-class Theme(enum.StrEnum):
-    """Colours of a figure."""
-
-    light = "light"
-    dark = "dark"
-
-
-class By(enum.StrEnum):
-    """What compared runs are aligned on."""
-
-    step = "step"
-    time = "time"
-
-
-class TableFormat(enum.StrEnum):
-    """Formats of an exported table."""
-
-    csv = "csv"
-    parquet = "parquet"
-    jsonl = "jsonl"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -337,13 +299,17 @@ def alert_test(to: To = None) -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the three runs.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the weights and the order of the digits.")] = 0,
+    framework: Annotated[
+        Framework, typer.Option(help="keras: on the backend that KERAS_BACKEND names.")
+    ] = Framework.torch,
 ) -> None:
     """Train a small network on real digits three times: healthy, sabotaged, sabotaged and helped. About two minutes."""
     from rich.progress import Progress
 
-    from gradwatch.demo import run_demo
+    from gradwatch import demo, demo_keras
     from gradwatch.reporters import terminal
 
+    run_demo = demo_keras.run_demo if framework is Framework.keras else demo.run_demo
     with Progress(transient=not sys.stdout.isatty()) as progress:
         outcomes = run_demo(out, progress=progress, seed=seed)
     rows = [[o.act.title, f"{o.accuracy:.1%}", f"{o.final_loss:.3g}", f"{o.seconds:.0f} s"] for o in outcomes]

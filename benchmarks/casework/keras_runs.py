@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 
 from benchmarks.casework import data
@@ -99,16 +100,15 @@ def _rate(options: Spec) -> Any:
 
 
 class Ends(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
-    """Ends a run as `training.run` does: after its steps, when its losses are no numbers, or when it takes too long."""
+    """Ends a run early, as `training.run` does: when its losses are no numbers any more, or when it takes too long."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.left, self.bad, self.started = steps, 0, time.process_time()
+        self.bad, self.started = 0, time.process_time()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.left -= 1
-        self.bad = 0 if math.isfinite(float(logs["loss"])) else self.bad + 1
-        if self.left <= 0 or self.bad >= NONFINITE_LOSSES or time.process_time() - self.started > SECONDS:
+        self.bad += not math.isfinite(float(logs["loss"]))  # the mean so far: it stays what it is
+        if self.bad > NONFINITE_LOSSES or time.process_time() - self.started > SECONDS:
             self.model.stop_training = True
 
 
@@ -128,6 +128,8 @@ def watched(spec: Spec, seed: int) -> tuple[StepBatch, Losses]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         watch = GradWatch(run_dir=run_dir, detectors=[])
-        model.fit(x, y, batch_size=size, epochs=spec["epochs"], verbose=0, callbacks=[watch, Ends(steps)])
+        # All epochs as one: many cases have but a few batches in each, and Keras takes its time between epochs.
+        batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(count, seed=seed).batch(size).repeat()
+        model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=[watch, Ends()])
         batch = joined(list(RunReader(run_dir).batches(1_000_000)))
     return batch, np.asarray(batch.metric("loss"), np.float64)
