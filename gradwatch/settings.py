@@ -29,7 +29,9 @@ class Settings:
         stats_every: Steps between samples of the dearer statistics (weight norm, update ratio, ...).
         activations: Sample the outputs of activation modules too (saturation, dying ReLU), by forward hooks that sit on
             the model only during a sampled step. PyTorch; not for compiled models.
-        check_every: Steps between looks at the record; findings are the same, later by up to this many steps.
+        check_every: Steps between looks at the record; findings are the same, later by up to this many steps. At 1,
+            where no between-step action, alert or sink waits for them, up to twelve steps that take less than 50 ms
+            together are looked at at once; `watcher.findings` looks first.
         flush_every: Steps that a killed process loses at most.
         flush_seconds: Seconds that a killed process loses at most.
         resume: Go on with a run that ended.

@@ -57,3 +57,32 @@ def test_a_taken_batch_keeps_its_arrays() -> None:
     rows.add(1, np.array([9.0, 9.0]), {})
 
     np.testing.assert_array_equal(batch.grad_norm, [[1.0, 1.0]])
+
+
+def test_news_come_once_and_again_with_the_batch() -> None:
+    rows = Rows(PARAMETERS, capacity=4)
+    rows.add(0, np.ones(2), {})
+    first = rows.news()
+    rows.add(1, np.ones(2), {})
+    second = rows.news()
+
+    assert first is not None
+    assert second is not None
+    assert [list(first.step), list(second.step), rows.news()] == [[0], [1], None]
+    assert list(rows.take().step) == [0, 1]
+
+
+def test_global_norm_is_filled_in_the_same_for_one_step_as_for_many() -> None:
+    norms = np.random.default_rng(0).lognormal(0, 3, (8, 2)).astype(np.float32)
+    norms[3] = NOT_MEASURED
+    norms[4, 1] = NOT_MEASURED
+    together, alone = Rows(PARAMETERS, capacity=8), Rows(PARAMETERS)
+    found = []
+    for step, norm in enumerate(norms):
+        together.add(step, norm, {})
+        alone.add(step, norm, {})
+        found += alone.take().metric("global_norm").tolist()
+
+    assert together.take().metric("global_norm").tolist() == found
+    assert found[3] == NOT_MEASURED
+    assert found[4] == norms[4, 0]

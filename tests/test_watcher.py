@@ -2,6 +2,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,36 @@ def test_findings_do_not_depend_on_how_often_is_looked(tmp_path: Path, check_eve
 
     assert watchers[0].findings
     assert watchers[0].findings == watchers[1].findings
+
+
+def test_asking_for_findings_looks_at_steps_that_wait_for_company(run_dir: Path) -> None:
+    with watcher_of(run_dir) as watcher:
+        watcher.observe(grad_norm=[1.0, 1.0, math.nan])
+
+        assert [finding.rule for finding in watcher.findings] == ["nonfinite"]
+
+
+def test_a_slow_step_is_looked_at_at_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradwatch.watcher.LATEST", 0.0)
+    with watcher_of(run_dir) as watcher:
+        watcher.observe(grad_norm=[1.0, 1.0, math.nan])
+
+        assert len(watcher.monitor.findings) == 1
+
+
+def test_steps_that_wait_for_company_reach_the_disk_in_a_pause(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradwatch.watcher.LATEST", math.inf)
+    with watcher_of(run_dir, flush_seconds=0.05) as watcher:
+        for _ in range(3):
+            watcher.observe(grad_norm=[1.0, 1.0, 1.0])
+        patience = time.monotonic() + 20
+        while len(RunReader(run_dir).steps) < 3 and time.monotonic() < patience:
+            time.sleep(0.02)
+        watcher.observe(grad_norm=[1.0, 1.0, 1.0])
+
+        assert list(RunReader(run_dir).steps) == [0, 1, 2]
+
+    assert list(RunReader(run_dir).steps) == [0, 1, 2, 3]
 
 
 def test_live_findings_equal_those_of_a_replay(run_dir: Path) -> None:

@@ -228,14 +228,17 @@ class Gradients:
         """
         places = tuple(i for i, grad in enumerate(grads) if grad is not None)
         present = [grad for grad in grads if grad is not None]
-        home = next((grad.device for grad in present if not on_host(grad)), None)
+        plan = self._extremes.get(places)
+        is_home = plan is not None and (not present or on_host(present[0]))
+        home = None if is_home else next((grad.device for grad in present if not on_host(grad)), None)
         if home is not None:
             found = torch.full((3, len(grads)), NOT_MEASURED, device=home)
             measured = device_extremes(present, home)
             return measured if len(places) == len(grads) else found.index_copy_(1, self._index(places, home), measured)
-        if len(self._extremes) >= _MOST_PLANS:
-            self._extremes.clear()
-        plan = self._extremes.get(places) or self._extremes.setdefault(places, CpuExtremes(present))
+        if plan is None:
+            if len(self._extremes) >= _MOST_PLANS:
+                self._extremes.clear()
+            plan = self._extremes[places] = CpuExtremes(present)
         try:
             numbers = plan(present)
         except (RuntimeError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -107,7 +108,12 @@ def _activation_after(operation: Any, users: Mapping[Any, list[Any]]) -> str:
 
 def _kind(node: Any) -> str:
     """`Relu` for a `ReluBackward0`."""
-    return re.sub(r"Backward\d*$", "", node.name())
+    return _bare(node.name())
+
+
+@functools.cache
+def _bare(name: str) -> str:
+    return re.sub(r"Backward\d*$", "", name)
 
 
 def _order(node: Any) -> int:

@@ -140,7 +140,7 @@ def by_execution(parameters: Sequence[Parameter], backward_order: Iterable[int])
         current = -last_use[layer] if layer in last_use else current
         position[layer] = (current, order)
     depth = {layer: place for place, layer in enumerate(sorted(position, key=position.__getitem__))}
-    return [dataclasses.replace(p, depth=depth[p.layer]) for p in parameters]
+    return [p if p.depth == depth[p.layer] else dataclasses.replace(p, depth=depth[p.layer]) for p in parameters]
 
 
 def with_uses(parameters: Sequence[Parameter], uses: Uses) -> list[Parameter]:
@@ -159,7 +159,10 @@ def with_uses(parameters: Sequence[Parameter], uses: Uses) -> list[Parameter]:
             activation.setdefault(layer, use.activation)
     latest_first = sorted(uses, key=lambda place: -first[parameters[place].layer])
     ordered = by_execution(parameters, latest_first)
-    return [dataclasses.replace(p, activation=p.activation or activation.get(p.layer, "")) for p in ordered]
+    return [
+        p if p.activation or p.layer not in activation else dataclasses.replace(p, activation=activation[p.layer])
+        for p in ordered
+    ]
 
 
 def is_compiled(model: nn.Module) -> bool:

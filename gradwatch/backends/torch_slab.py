@@ -90,11 +90,12 @@ def is_small(tensor: Tensor) -> bool:
 
 
 def _parts(tensors: Sequence[Tensor], places: Sequence[int]) -> Iterator[list[int]]:
-    """The places in parts of at most `_MOST` elements, tensors of one shape behind each other, in whole lines first."""
+    """The places in parts of at most `_MOST` elements, tensors of one size behind each other, in whole lines first."""
     part: list[int] = []
     size = 0
-    for place in sorted(places, key=lambda i: (tensors[i].numel() % _SHORT > 0, tuple(tensors[i].shape))):
-        needed = tensors[place].numel() + _SHORT
+    sizes = {place: tensors[place].numel() for place in places}
+    for place in sorted(places, key=lambda i: (sizes[i] % _SHORT > 0, sizes[i])):
+        needed = sizes[place] + _SHORT
         if part and size + needed > _MOST:
             yield part
             part, size = [], 0

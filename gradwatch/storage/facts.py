@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradwatch.errors import RunCorruptError, RunFormatError
-from gradwatch.records import RunInfo
+from gradwatch.records import Parameter, RunInfo
 from gradwatch.storage.layout import check_version
 
 
@@ -40,8 +40,11 @@ class Facts:
         return f'{text[:-1]}, "parameters": {self._encoded}}}\n'.encode()
 
 
-def _json_of(parameter: Any) -> dict[str, Any]:
-    return {f.name: getattr(parameter, f.name) for f in dataclasses.fields(parameter)}
+_FIELDS = [field.name for field in dataclasses.fields(Parameter)]
+
+
+def _json_of(parameter: Parameter) -> dict[str, Any]:
+    return {name: getattr(parameter, name) for name in _FIELDS}
 
 
 def decode_facts(data: bytes, where: str) -> Facts:
