@@ -70,6 +70,17 @@ class Preflight:
         frame["backward_gain"] = frame["output_grad_rms"] / frame["output_grad_rms"].shift(-1)
         return frame
 
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON types, for `watch(preflight=...)`; None for what was not measured."""
+        rows = self.to_frame().reset_index().to_dict("records")
+        told = {name: getattr(self, name) for name in ("verdict", "loss", "slope", "where", "cause")}
+        return {
+            **{name: _finite_or_word(value) for name, value in told.items()},
+            "advice": list(self.advice),
+            "unused": list(self.unused),
+            "layers": [{str(name): _finite_or_word(value) for name, value in row.items()} for row in rows],
+        }
+
     def show(self) -> None:
         """Print the verdict and a table of the layers."""
         from gradwatch.reporters.preflight import print_preflight
@@ -81,6 +92,12 @@ class Preflight:
         from gradwatch.reporters.preflight import plot_preflight
 
         return plot_preflight(self)
+
+
+def _finite_or_word(value: Any) -> Any:
+    if isinstance(value, str) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
 
 
 def preflight(model: Any, inputs: Any, targets: Any, loss_fn: Callable[..., Any]) -> Preflight:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gradwatch.actions.base import Action
 from gradwatch.detectors.base import Detector
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.monitor import Listener
 from gradwatch.records import Finding, StepBatch
+
+
+class Told(Protocol):
+    """What can be told in JSON types."""
+
+    def to_json(self) -> Mapping[str, Any]:
+        """It in JSON types."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Settings:
             acts alike, but writes nothing and tells nobody. For workers of a `tf.distribute` strategy that are not the
             chief it is always False.
         start_step: Number of the first step; by default 0, or what follows in a resumed run.
+        preflight: What `gradwatch.preflight` found, to be kept with the record and shown in the report.
     """
 
     run_dir: str | os.PathLike[str] | None = None
@@ -58,6 +67,7 @@ class Settings:
     dry_run: bool = False
     record: bool = True
     start_step: int | None = None
+    preflight: Told | None = None
 
     def __post_init__(self) -> None:
         for name in ("stats_every", "check_every", "flush_every"):
@@ -74,6 +84,8 @@ class Settings:
             from gradwatch.sinks import checked_sinks
 
             object.__setattr__(self, "sinks", checked_sinks(self.sinks))
+        if self.preflight is not None and not callable(getattr(self.preflight, "to_json", None)):
+            raise ConfigurationError.of("preflight", "what gradwatch.preflight returned", self.preflight)
         if self.resume and self.overwrite:
             raise ConfigurationError("'resume' and 'overwrite' exclude each other")
 

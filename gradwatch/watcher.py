@@ -330,12 +330,17 @@ class Watcher:
             f"{self._steps_seen} steps, {len(self.monitor.findings)} findings, run_dir={str(self.run_dir)!r}>"
         )
 
+    def _repr_html_(self) -> str:
+        from gradwatch.run import load
+
+        return load(self.run_dir).summary()._repr_html_()
+
     def _require_open(self) -> None:
         if self._closed:
             raise WatcherClosedError(f"the watcher of {str(self.run_dir)!r} is closed")
 
     def _info(self) -> RunInfo:
-        config = {
+        config: dict[str, Any] = {
             "detectors": self._engine.config(),
             "actions": self._policy.config(),
             "stats_every": self.settings.stats_every,
@@ -343,6 +348,8 @@ class Watcher:
             "flush_every": self.settings.flush_every,
             "dry_run": self.settings.dry_run,
         }
+        if self.settings.preflight is not None:
+            config["preflight"] = self.settings.preflight.to_json()
         return provenance(self._parameters, self._modules, framework=self._framework, config=config)
 
 

@@ -1,12 +1,16 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from gradwatch.errors import ModelError
+from gradwatch.errors import ConfigurationError, ModelError
 from gradwatch.preflight import Preflight, depth_slope, judge, preflight
 from gradwatch.probes import LayerProbe
+from gradwatch.reader import RunReader
+from gradwatch.records import Parameter
+from gradwatch.watcher import Watcher
 
 pytestmark = pytest.mark.framework("torch")
 
@@ -160,3 +164,19 @@ def test_two_layers_give_no_slope() -> None:
 def test_something_else_than_a_model_is_refused() -> None:
     with pytest.raises(ModelError, match=r"'model' must be a torch\.nn\.Module or a Keras model: int"):
         preflight(3, None, None, nn.functional.mse_loss)
+
+
+def test_what_preflight_found_is_kept_with_the_record(run_dir: Path) -> None:
+    check = judge(0.5, [LayerProbe("0", kind="Linear", activation_std=1.0, grad_norm=math.inf)])
+    with Watcher([Parameter("0.weight")], run_dir=run_dir, preflight=check):
+        pass
+
+    kept = RunReader(run_dir).info.config["preflight"]
+    assert kept == check.to_json()
+    assert kept["layers"][0]["grad_norm"] == "inf"
+    assert kept["layers"][0]["output_grad_rms"] is None
+
+
+def test_something_else_than_a_preflight_is_refused(run_dir: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"'preflight' must be what gradwatch.preflight returned: 3"):
+        Watcher([Parameter("0.weight")], run_dir=run_dir, preflight=3)

@@ -330,3 +330,11 @@ def test_repr_tells_what_is_going_on(run_dir: Path) -> None:
 def test_default_run_dir_names_the_process() -> None:
     assert default_run_dir().parts[0] == "runs"
     assert default_run_dir().name.endswith(f"-{os.getpid()}")
+
+
+def test_a_watcher_shows_the_verdict_of_its_run_in_a_notebook(run_dir: Path) -> None:
+    watcher = watcher_of(run_dir, flush_every=1)
+    feed(watcher, 5)
+    watcher.close()
+
+    assert "5 steps without a finding" in watcher._repr_html_()

@@ -76,7 +76,8 @@ TABLE: tuple[Row, ...] = (
         why="one layer leaves the course of the others",
     ),
     Row("learning_rate", (*BLOW_UP, "oscillation"), ("jumped",), why="steps of the size of the weights"),
-    Row("learning_rate", BLOW_UP, (), why="nothing else explains it"),
+    Row("learning_rate", ("imbalance",), ("not shrinks_with_depth",), why="nothing else explains it"),
+    Row("learning_rate", tuple(rule for rule in BLOW_UP if rule != "imbalance"), (), why="nothing else explains it"),
     # Gradients that are too small or absent.
     Row("unused_layers", ("unused",), ()),
     Row("half_overflow", ("underflow",), (), ("scale",), why="only a loss scale below 1 gives finite gradients"),

@@ -9,8 +9,9 @@ from typing import Any
 
 from gradwatch.reporters import words
 from gradwatch.reporters.comparison import APART, Alignment, Parting
+from gradwatch.reporters.comparison_data import charts
 from gradwatch.reporters.figures.comparison import comparison
-from gradwatch.reporters.templating import asset, environment, image, policy
+from gradwatch.reporters.templating import asset, environment, image, plotly_js, policy, script_json
 from gradwatch.reporters.text import escaped, table
 
 MOST_LAYERS = 1000
@@ -22,12 +23,13 @@ def render(compared: Alignment, format_name: str) -> str:
 
 
 def html(compared: Alignment) -> str:
-    """One self-contained page without scripts."""
+    """One self-contained page; where scripts are forbidden a still picture takes the place of the charts."""
+    plotly, script = plotly_js(), asset("compare.js")
     alt = f"Loss, global norm and layer norms of {', '.join(map(words.visible, compared.names))}."
     context: dict[str, Any] = {
-        "css": asset("page.css"), "policy": policy(), "now": time.time(), "c": compared,
+        "css": asset("page.css"), "policy": policy([plotly, script]), "now": time.time(), "c": compared,
         "rows": run_rows(compared), "partings": partings(compared), "picture": image(comparison(compared), alt),
-        "layers": _layer_rows(compared),
+        "layers": _layer_rows(compared), "plotly": plotly, "script": script, "data": script_json(charts(compared)),
     }  # fmt: skip
     return environment().get_template("compare.html").render(context)
 

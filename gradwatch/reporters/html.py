@@ -13,6 +13,7 @@ from gradwatch.reporters import words
 from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.layer_table import COLUMNS, Cell, layer_rows
 from gradwatch.reporters.page_data import CELLS, page_data
+from gradwatch.reporters.preflight import layer_cells
 from gradwatch.reporters.story import Chapter
 from gradwatch.reporters.summary import Summary, summarize
 from gradwatch.reporters.templating import asset, environment, image, plotly_js, policy, script_json
@@ -153,7 +154,17 @@ def _indented(config: Mapping[str, Any]) -> str:
     return "\n".join(map(words.visible, json.dumps(config, indent=2, default=str).splitlines())) if config else ""
 
 
-def _preflight(found: Any) -> str:
-    if not found:
-        return ""
-    return "\n".join(map(words.visible, found.splitlines())) if isinstance(found, str) else _indented(found)
+def _preflight(found: Any) -> dict[str, Any] | None:
+    """What stood before the training: the verdict in words and a table of layers."""
+    if not isinstance(found, Mapping):
+        return None
+    where = f" at {words.shorten(str(found['where']), 64)}" if found.get("where") else ""
+    told = (
+        ("verdict", f"{found.get('verdict', '')}{where}"),
+        ("cause", found.get("cause", "")),
+        ("advice", "; ".join(map(str, found.get("advice", ())))),
+        ("without gradient", words.listing([str(name) for name in found.get("unused", ())], most=6)),
+    )
+    head, rows = layer_cells(found)
+    shown = [(name, words.visible(str(text))) for name, text in told if text]
+    return {"rows": shown, "head": head, "layers": [[words.visible(cell) for cell in row] for row in rows]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -38,24 +39,39 @@ def print_preflight(check: Preflight, *, console: Console | None = None) -> None
         console.print(f"  {number}. {advice}")
     if check.unused:
         console.print(f"  No gradient reaches {', '.join(check.unused[:6])}.")
+    head, rows = layer_cells(check.to_json())
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layer")
-    table.add_column("kind", no_wrap=True, min_width=13)
-    frame = check.to_frame()
-    shown = [(name, title) for name, title in _COLUMNS if frame[name].notna().any()]
-    for _, title in shown:
+    table.add_column(head[0])
+    table.add_column(head[1], no_wrap=True, min_width=13)
+    for title in head[2:]:
         table.add_column(title, justify="right", no_wrap=True)
-    for layer, row in frame.iterrows():
-        kind = f"{row['kind']}+{row['activation']}" if row["activation"] else str(row["kind"])
-        numbers = [_cell(name, float(row[name])) for name, _ in shown]
-        style = "red" if layer == check.where else None
-        table.add_row(str(layer), kind, *numbers, style=style)
+    for row in rows:
+        table.add_row(*row, style="red" if row[0] == check.where else None)
     console.print(table)
 
 
-def _cell(name: str, value: float) -> str:
-    if math.isnan(value):
-        return ""
+def layer_cells(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of layers, without the columns in which nothing was measured.
+
+    Args:
+        found: `Preflight.to_json()`, as it stands in the configuration of a run.
+    """
+    layers = found.get("layers", ())
+    shown = [(name, title) for name, title in _COLUMNS if any(layer.get(name) is not None for layer in layers)]
+    rows = [
+        [str(layer.get("layer", "")), _kind(layer), *(_cell(name, layer.get(name)) for name, _ in shown)]
+        for layer in layers
+    ]
+    return ["layer", "kind", *(title for _, title in shown)], rows
+
+
+def _kind(layer: Mapping[str, Any]) -> str:
+    return "+".join(str(layer[name]) for name in ("kind", "activation") if layer.get(name))
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     return f"{value:.0%}" if name.endswith("fraction") else f"{value:.2g}"
 
 

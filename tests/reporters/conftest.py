@@ -37,7 +37,7 @@ def made_runs(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         if key not in made:
             path = root / str(len(made)) / (name or scenario)
             settings = {"steps": steps, "parameters": parameters, "scenario": scenario, "seed": 3, **more}
-            settings["config"] = {"detectors": ENGINE.config()}
+            settings["config"] = {"detectors": ENGINE.config(), **more.get("config", {})}
             write_run(path, **settings)
             if "findings" not in more:
                 found = findings_of(load(path))

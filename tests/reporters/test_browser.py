@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 from gradwatch.records import Finding, RunInfo
-from gradwatch.run import Run
+from gradwatch.reporters import words
+from gradwatch.run import Run, compare
 from gradwatch.testing import synthetic_batches, synthetic_parameters
 from gradwatch.writer import RunWriter
-from tests.reporters.conftest import HOSTILE, MakeRun
+from tests.reporters.conftest import HOSTILE, MakeRun, named_parameters
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
@@ -285,3 +286,21 @@ def test_a_live_page_shows_a_finding_within_five_seconds_and_new_steps(
         context.close()
 
     assert said == []
+
+
+def test_the_charts_of_a_comparison_name_run_layer_and_ratio(browser: Any, made_runs: MakeRun, tmp_path: Path) -> None:
+    said: list[str] = []
+    names = named_parameters(HOSTILE)
+    held = compare([made_runs(parameters=names), made_runs("vanishing", name="<i>b", parameters=names)])
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(held.report(tmp_path / "c.html").as_uri())
+    page.wait_for_selector("html.js #compared .plot-container")
+    texts = page.evaluate("document.getElementById('compared').data.find(t => t.type === 'heatmap').text[0][0]")
+    legend = page.locator("#compared .legendtext").all_text_contents()
+    page.close()
+
+    assert said == []
+    assert legend == list(map(words.visible, held.names))
+    assert texts.startswith("<b>&lt;script&gt;alert(1)&lt;/script&gt;</b>")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Parameter
 from gradwatch.reporters import comparison_page
 from gradwatch.reporters.compared import Comparison
+from gradwatch.reporters.comparison_data import charts
 from gradwatch.run import compare, load
 from tests.reporters.conftest import MakeRun
 from tests.reporters.test_html import Outline
@@ -93,7 +95,23 @@ def test_the_page_shows_verdicts_and_parting(made_runs: MakeRun, tmp_path: Path,
 
     assert all(s.verdict.headline in page.text for s in held.summaries)
     assert "first differ at step" in page.text
-    assert page.scripts == []
+    assert [trace["name"] for trace in page.data["traces"] if trace.get("showlegend")] == list(held.names)
+
+
+def test_a_run_whose_layers_were_smaller_is_below_one_in_the_heatmap(made_runs: MakeRun) -> None:
+    drawn = charts(compare([made_runs(), made_runs("vanishing", name="b")]))
+    heatmap = next(trace for trace in drawn["traces"] if trace["type"] == "heatmap")
+
+    assert heatmap["z"][0][-1] < -3
+    assert abs(heatmap["z"][-1][-1]) < 1
+
+
+def test_the_charts_of_a_comparison_are_one_below_the_other(made_runs: MakeRun) -> None:
+    layout = charts(compare([made_runs(), made_runs("nan", name="b"), made_runs("dead", name="c")]))["layout"]
+    places = [axis["domain"] for name, axis in layout.items() if name.startswith("yaxis")]
+
+    assert len(places) == 4
+    assert all(upper[0] > lower[1] for upper, lower in itertools.pairwise(places))
 
 
 def test_json_tells_where_runs_part(pair: Comparison) -> None:
@@ -136,5 +154,5 @@ def test_hostile_names_stay_letters(made_runs: MakeRun, tmp_path: Path) -> None:
         tmp_path / "c.html"
     )
 
-    assert "<script>" not in page.read_text(encoding="utf-8")
+    assert "<script>a" not in page.read_text(encoding="utf-8")
     assert load(evil.path)

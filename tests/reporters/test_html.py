@@ -203,3 +203,21 @@ def test_script_json_cannot_end_its_script() -> None:
 
     assert "<" not in script_json(value)
     assert json.loads(script_json(value)) == value
+
+
+def test_the_page_tells_what_preflight_found(made_runs: MakeRun) -> None:
+    layers = [
+        {"layer": "<b>0</b>", "kind": "Linear", "activation": "Sigmoid", "activation_std": 0.13, "grad_norm": 2e-11},
+        {"layer": "1", "kind": "Linear", "activation": "", "activation_std": None, "grad_norm": "inf"},
+    ]
+    found = {"verdict": "vanishing", "where": "<b>0</b>", "cause": "Sigmoid", "advice": ["ReLU"], "layers": layers}
+    page = Outline(report(made_runs(config={"preflight": found})))
+
+    assert "Before training" in page.text
+    assert "vanishing at <b>0</b>" in page.text
+    assert "Linear+Sigmoid" in page.text
+    assert "2e-11" in page.text
+
+
+def test_a_page_of_a_run_without_preflight_does_not_speak_of_it(made_runs: MakeRun) -> None:
+    assert "Before training" not in Outline(report(made_runs())).text

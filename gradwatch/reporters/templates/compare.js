@@ -1,0 +1,20 @@
+"use strict";
+(() => {
+  const { traces, layout } = JSON.parse(document.getElementById("data").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+
+  const coloured = () => {
+    const [ink, faint] = dark.matches ? ["#e6eaf0", "#2b3340"] : ["#1c2430", "#d9dfe7"];
+    const narrow = document.documentElement.clientWidth < 620;
+    const axes = Object.fromEntries(Object.entries(layout).filter(([name]) => /^[xy]axis/.test(name))
+      .map(([name, axis]) => [name, { gridcolor: faint, zeroline: false, ...axis }]));
+    return { ...layout, ...axes, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: narrow ? false : "zoom",
+      font: { color: ink, family: "system-ui, sans-serif", size: 12 }, hovermode: "closest",
+      legend: { orientation: "h", y: 1.01, yanchor: "bottom" }, modebar: { bgcolor: "rgba(0,0,0,0)", color: faint, activecolor: ink } };
+  };
+
+  document.documentElement.classList.add("js");
+  Plotly.newPlot("compared", traces, coloured(), options);
+  dark.addEventListener("change", () => Plotly.react("compared", traces, coloured(), options));
+})();
