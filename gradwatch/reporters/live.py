@@ -64,8 +64,10 @@ class Live:
 
     def _renew(self) -> None:
         display = _notebook()
+        is_over = False
         while True:
-            last = self._enough.wait(self._every)
+            # One look more once the run is over: a run that is just closing reads as crashed for a moment.
+            last = self._enough.wait(self._every) or is_over
             try:
                 self._run.refresh()
                 html = self._html()
@@ -73,8 +75,9 @@ class Live:
                 continue
             if self._shown is not None:
                 self._shown.update(display.HTML(html))
-            if last or self._run.info.status != "running":
+            if last:
                 return
+            is_over = self._run.info.status != "running"
 
     def _html(self) -> str:
         from gradwatch.reporters.summary import summarize
