@@ -144,3 +144,13 @@ def global_norms(norms: Floats) -> npt.NDArray[np.float64]:
     if not measured.all():
         found[~measured.any(axis=1)] = NOT_MEASURED
     return found
+
+
+def global_norm(norms: Floats) -> float:
+    """Root of the sum of squares of what was measured; `NOT_MEASURED` when nothing was.
+
+    Examples:
+        >>> global_norm(np.array([3.0, 4.0, NOT_MEASURED]))
+        5.0
+    """
+    return float(global_norms(np.asarray(norms)[np.newaxis])[0])

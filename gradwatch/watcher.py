@@ -34,7 +34,7 @@ from gradwatch.records import (
     Parameter,
     RunInfo,
 )
-from gradwatch.rows import Rows, global_norms
+from gradwatch.rows import Rows
 from gradwatch.settings import settings_from
 from gradwatch.writer import NoWriter, RunWriter
 
@@ -351,16 +351,6 @@ class Watcher:
         if self.settings.preflight is not None:
             config["preflight"] = self.settings.preflight.to_json()
         return provenance(self._parameters, self._modules, framework=self._framework, config=config)
-
-
-def global_norm(norms: Floats) -> float:
-    """Root of the sum of squares of what was measured; `NOT_MEASURED` when nothing was.
-
-    Examples:
-        >>> global_norm(np.array([3.0, 4.0, NOT_MEASURED]))
-        5.0
-    """
-    return float(global_norms(np.asarray(norms)[np.newaxis])[0])
 
 
 def _checked(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:

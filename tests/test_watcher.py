@@ -16,7 +16,8 @@ from gradwatch.errors import ConfigurationError, RunExistsError, RunLockedError,
 from gradwatch.provenance import default_run_dir
 from gradwatch.reader import RunReader
 from gradwatch.records import NOT_MEASURED, Parameter
-from gradwatch.watcher import Watcher, global_norm
+from gradwatch.rows import global_norm
+from gradwatch.watcher import Watcher
 
 PARAMETERS = (Parameter("conv.weight", depth=0), Parameter("fc.weight", depth=1), Parameter("fc.bias", depth=1))
 

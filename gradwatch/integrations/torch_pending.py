@@ -16,7 +16,7 @@ from gradwatch.backends.torch_clips import Clips
 from gradwatch.backends.torch_device import beside, host_or_copy
 from gradwatch.backends.torch_gradients import Gradients, Held, Measurement, is_damaged
 from gradwatch.records import NOT_MEASURED
-from gradwatch.watcher import global_norm
+from gradwatch.rows import global_norm
 
 #: Changes of gradients that we cannot explain, until we believe that the loop makes them and look for no hidden pass.
 _BELIEVE = 3
