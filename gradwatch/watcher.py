@@ -34,7 +34,7 @@ from gradwatch.records import (
     Parameter,
     RunInfo,
 )
-from gradwatch.rows import Rows
+from gradwatch.rows import Rows, global_norm
 from gradwatch.settings import settings_from
 from gradwatch.writer import NoWriter, RunWriter
 
