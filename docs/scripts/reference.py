@@ -62,7 +62,7 @@ def action(name: str) -> str:
 
 
 def imports(_: str) -> str:
-    """The import graph between the folders and files at the top of the package, as a picture."""
+    """What the folders and larger files at the top of the package import from each other."""
     edges: dict[str, set[str]] = defaultdict(set)
     package = ROOT / "gradwatch"
     for file in package.rglob("*.py"):
@@ -74,10 +74,8 @@ def imports(_: str) -> str:
                     edges[home].add(other)
     shown = {"detectors", "diagnosis", "actions", "alerts", "sinks", "backends", "monitor", "watcher", "integrations",
              "reader", "writer", "storage", "reporters", "run", "cli", "remedies"}  # fmt: skip
-    lines = [
-        f"    {home} --> {other}" for home in sorted(shown) for other in sorted(edges[home] & shown) if home in edges
-    ]
-    return "\n".join(["```mermaid", "flowchart BT", *lines, "```"])
+    lines = [f"{home:<12} -> {', '.join(sorted(edges[home] & shown))}" for home in sorted(shown) if edges[home] & shown]
+    return "\n".join(["```text", *lines, "```"])
 
 
 def lesson(title: str) -> str:
