@@ -43,7 +43,7 @@ test-cuda: $(READY) ## Where there is a GPU: run the tests that need one, then m
 	$(BIN)/python -m benchmarks.gpu
 
 notebooks: $(READY) ## Run the notebooks, with fewer steps than for a reader
-	GRADWATCH_QUICK=1 $(BIN)/python -m pytest --nbmake notebooks -n $(WORKERS)
+	GRADWATCH_QUICK=1 $(BIN)/python -m pytest --nbmake notebooks --timeout=600 -n $(WORKERS)
 
 lint: $(READY) ## Check format, lint rules, types and sizes
 	$(BIN)/ruff format --check --diff .
