@@ -21,6 +21,8 @@ EXTRAS = {
     "prometheus": ("prometheus_client",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
+    "remote": ("fsspec",),
+    "dev": ("duckdb", "polars"),
 }
 #: Server to its program.
 SERVERS = {"prometheus": "prometheus"}
