@@ -23,6 +23,8 @@ EXTRAS = {
     "mlflow": ("mlflow",),
     "remote": ("fsspec",),
     "dev": ("duckdb", "polars"),
+    "fastai": ("fastai",),
+    "flax": ("flax", "optax"),
 }
 #: Server to its program.
 SERVERS = {"prometheus": "prometheus"}
