@@ -24,11 +24,8 @@ X, Y = (jnp.asarray(part.numpy()) for part in plain.data())
 
 def parameters() -> Tree:
     """The weights of the plain model, as JAX holds them."""
-    net = plain.model()
-    return {
-        name: {"kernel": jnp.asarray(layer.weight.detach().numpy().T), "bias": jnp.asarray(layer.bias.detach().numpy())}
-        for name, layer in (("Dense_0", net[0]), ("Dense_1", net[2]))
-    }
+    arrays = [jnp.asarray(parameter.detach().numpy()) for parameter in plain.model().parameters()]
+    return {f"Dense_{i}": {"kernel": arrays[2 * i].T, "bias": arrays[2 * i + 1]} for i in range(2)}
 
 
 def loss_of(params: Tree, x: Any, y: Any) -> Any:
