@@ -1,4 +1,3 @@
-import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -7,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import gradwatch as gw
@@ -89,34 +88,17 @@ def test_clip_is_that_of_clip_grad_norm(tmp_path: Path) -> None:
 
 
 def test_a_poisoned_batch_is_skipped(tmp_path: Path) -> None:
-    class Poisoned(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.calls = plain.model(), 0
+    learn = fit(learner(tmp_path / "fastai", model=plain.Poisoned(), actions=[gw.SkipStep()]))
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            output: Tensor = self.net(x)
-            return output * math.nan if self.calls == 6 else output
-
-    learn = fit(learner(tmp_path / "fastai", model=Poisoned(), actions=[gw.SkipStep()]))
-
-    metrics = gw.load(tmp_path / "fastai").metrics()
-    assert list(metrics.index[metrics["skipped"] > 0]) == [5]
+    assert plain.skipped(tmp_path / "fastai") == [5]
     assert all(torch.isfinite(parameter).all() for parameter in learn.model.parameters())
 
 
 def test_the_learning_rate_is_lowered_and_the_optimizer_keeps_its_own(tmp_path: Path) -> None:
-    learn = fit(learner(tmp_path / "fastai", actions=[gw.DecayLR(factor=0.5)], stats_every=1), 5, lr=2.0)
+    learn = fit(learner(tmp_path / "fastai", actions=[gw.DecayLR()], stats_every=1), 5, lr=2.0)
 
-    run = gw.load(tmp_path / "fastai")
-    metrics = run.metrics()
-    assert list(run.actions()["action"])[:1] == ["DecayLR"]
-    assert metrics["lr_factor"].min() <= 0.5
+    assert plain.was_decayed(tmp_path / "fastai", 2.0)
     assert learn.opt.hypers[0]["lr"] == 2.0
-    change = run.statistic("update_ratio")["0.weight"] * run.statistic("weight_norm")["0.weight"]
-    used = (change / run.grad_norms()["0.weight"])[metrics["loss"] < 1e3]
-    np.testing.assert_allclose(used, (2.0 * metrics["lr_factor"])[used.index], rtol=1e-3)
 
 
 def test_stop_cancels_the_fit(tmp_path: Path) -> None:
