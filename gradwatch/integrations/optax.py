@@ -145,14 +145,12 @@ class Recorder:
     def __init__(self, inner: optax.GradientTransformationExtraArgs, settings: dict[str, Any]) -> None:
         checked = settings_from(settings)
         policy = Policy(checked.actions, dry_run=checked.dry_run)
-        for action in policy.between:
-            if action.name not in _BETWEEN:
-                raise ConfigurationError(f"'actions': the weights of a JAX loop are not ours to change: {action!r}")
-        for action in policy.in_step:
-            if action.by_unit:
-                raise ConfigurationError(
-                    f"'actions': put optax.adaptive_grad_clip into the chain instead of {action!r}"
-                )
+        if beyond := [action for action in policy.between if action.name not in _BETWEEN]:
+            raise ConfigurationError(f"'actions': the weights of a JAX loop are not ours to change: {beyond[0]!r}")
+        if by_unit := [action for action in policy.in_step if action.by_unit]:
+            raise ConfigurationError(
+                f"'actions': put optax.adaptive_grad_clip into the chain instead of {by_unit[0]!r}"
+            )
         self.watcher: OptaxWatcher | None = None
         self._inner, self._settings = inner, settings
         self._actions, self._every = policy.in_step, checked.stats_every

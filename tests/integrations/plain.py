@@ -74,7 +74,7 @@ def was_decayed(run_dir: Path, rate: float) -> bool:
     sane = [step for step in sampled if metrics["loss"][step] < 1e3 and np.isfinite(change[step])]
     np.testing.assert_allclose(change[sane], rate * metrics["lr_factor"][sane], rtol=1e-3)
     np.testing.assert_allclose(metrics["lr"], rate)
-    return run.actions()["action"].iloc[0] == "DecayLR" and metrics["lr_factor"].min() <= 0.5
+    return run.action_list()[0].action == "DecayLR" and bool(metrics["lr_factor"].min() <= 0.5)
 
 
 def skipped(run_dir: Path) -> list[int]:

@@ -58,7 +58,9 @@ def train(run_dir: Path, *, rate: float = plain.RATE, epochs: int = 1, **setting
             rates.append(rate * factor)
             for blob in blobs:
                 blob.data = blob.data - rate * factor * blob.diff
-            for due in watcher.observe(grad_norm=[np.linalg.norm(blob.diff) for blob in blobs], loss=loss, lr=rate):
+            for due in watcher.observe(
+                grad_norm=np.array([np.linalg.norm(blob.diff) for blob in blobs]), loss=loss, lr=rate
+            ):
                 if due.lr_factor is not None:
                     factor = due.lr_factor
                     watcher.applied(due)

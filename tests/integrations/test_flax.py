@@ -35,7 +35,7 @@ def agrees(run_dir: Path, grads: Any, layers: list[str]) -> None:
 
 def test_a_train_state_of_linen(tmp_path: Path) -> None:
     class Net(linen.Module):  # type: ignore[misc]  # flax is not always there
-        @linen.compact
+        @linen.compact  # type: ignore[untyped-decorator]
         def __call__(self, x: Any) -> Any:
             return linen.Dense(1)(jnp.tanh(linen.Dense(16)(x)))
 
@@ -76,7 +76,7 @@ def test_an_optimizer_of_nnx(tmp_path: Path) -> None:
     watched = watch(optax.adam(1e-2), run_dir=tmp_path / "nnx")
     optimizer = nnx.Optimizer(net, watched, wrt=nnx.Param)
 
-    @nnx.jit
+    @nnx.jit  # type: ignore[untyped-decorator]
     def step(net: Any, optimizer: Any, x: Any, y: Any) -> Any:
         loss, grads = nnx.value_and_grad(lambda net: jnp.mean((net(x) - y) ** 2))(net)
         optimizer.update(net, grads)
