@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -34,7 +35,7 @@ def parameter(path: Path) -> object:
     """The file as a test parameter that belongs to the frameworks it needs."""
     relative = path.relative_to(PACKAGE)
 
-    def needed(table: dict[str, tuple[str, ...]]) -> list[str]:
+    def needed(table: Mapping[str, tuple[str, ...]]) -> list[str]:
         return [name for name, patterns in table.items() if any(relative.match(pattern) for pattern in patterns)]
 
     marks = [pytest.mark.framework(name) for name in needed(NEEDS)]
