@@ -27,7 +27,8 @@ from gradwatch.records import Parameter, Samples, StepBatch
 
 #: To be raised when what a run holds changes without its case changing: the recorders, the trainings' shared code.
 VERSION = 3
-#: Which recorder measures: `watch` is gradwatch as a user has it, `plain` the independent one it can be held against.
+#: Which recorder measures: `watch` is gradwatch as a user has it, `activations` with
+#: `activations=True`, `plain` the independent one it can be held against.
 RECORDER_VARIABLE = "GRADWATCH_BENCHMARK_RECORDER"
 #: In which framework the runs are trained: `torch`, or `keras` (published cases only).
 FRAMEWORK_VARIABLE = "GRADWATCH_BENCHMARK_FRAMEWORK"
@@ -93,14 +94,15 @@ def _measured(case: Case, seed: int) -> tuple[StepBatch, Losses]:
     return keras_runs.watched(case.spec, seed)
 
 
-def watched(training: Training) -> tuple[StepBatch, Losses]:
+def watched(training: Training, *, activations: bool = False) -> tuple[StepBatch, Losses]:
     """What `gradwatch.watch` records of the run, and the losses as the loop saw them."""
     import gradwatch as gw
     from gradwatch.reader import RunReader
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
-        with gw.watch(training.model, training.optimizer, run_dir=run_dir, detectors=[]) as watcher:
+        settings = {"run_dir": run_dir, "detectors": [], "activations": activations}
+        with gw.watch(training.model, training.optimizer, **settings) as watcher:
             losses = run(training, lambda loss: watcher.log(loss=loss))
         return joined(list(RunReader(run_dir).batches(1_000_000))), losses
 
@@ -112,7 +114,11 @@ def plain(training: Training) -> tuple[StepBatch, Losses]:
     return recorder.batch(), losses
 
 
-RECORDERS: dict[str, Callable[[Training], tuple[StepBatch, Losses]]] = {"watch": watched, "plain": plain}
+RECORDERS: dict[str, Callable[[Training], tuple[StepBatch, Losses]]] = {
+    "watch": watched,
+    "activations": functools.partial(watched, activations=True),
+    "plain": plain,
+}
 
 
 def joined(batches: Sequence[StepBatch]) -> StepBatch:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-import numpy.typing as npt
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch.backends.torch_graph import Uses
 from gradwatch.errors import ModelError
-from gradwatch.records import NOT_MEASURED, Floats, Parameter
+from gradwatch.records import Parameter
 
 _ACTIVATIONS = tuple(
     getattr(nn, name)
@@ -171,17 +169,3 @@ def is_compiled(model: nn.Module) -> bool:
         name.endswith("_orig_mod") or "_orig_mod." in name or getattr(module, "_compiled_call_impl", None) is not None
         for name, module in model.named_modules()
     )
-
-
-def frozen(parameters: Sequence[Parameter]) -> npt.NDArray[np.intp]:
-    """Places of the parameters that are not trained."""
-    return np.array([place for place, parameter in enumerate(parameters) if not parameter.trainable], np.intp)
-
-
-def thawed(parameters: Sequence[Parameter], norms: Floats) -> list[Parameter]:
-    """The parameters, those marked trainable that were frozen and have a gradient now; `norms` may be shorter."""
-    trained = [place < len(norms) and norms[place] != NOT_MEASURED for place in range(len(parameters))]
-    return [
-        dataclasses.replace(parameter, trainable=True) if is_trained and not parameter.trainable else parameter
-        for parameter, is_trained in zip(parameters, trained, strict=True)
-    ]

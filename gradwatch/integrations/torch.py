@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -30,7 +29,7 @@ from gradwatch.backends.torch_clips import EPSILON
 from gradwatch.backends.torch_device import host_or_copy, on_host
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
-from gradwatch.backends.torch_model import by_execution, describe, frozen, is_compiled, outsider, thawed, with_uses
+from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, with_uses
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Finish, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
 from gradwatch.errors import ModelError
@@ -42,7 +41,7 @@ from gradwatch.integrations.torch_holders import Holders
 from gradwatch.integrations.torch_in_step import InStep
 from gradwatch.integrations.torch_pending import Pending, Reading
 from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested, logged_number
-from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES
+from gradwatch.records import SKIP_REASONS, STAGES
 from gradwatch.watcher import Watcher
 
 #: Rows that are closed before one whose numbers come from an accelerator: fixed, so that runs act at the same steps.
@@ -85,7 +84,6 @@ class TorchWatcher(Watcher):
         if self._upcoming % self.settings.stats_every == 0:
             self._activations.arm()
         self._uses: Uses | None = None
-        self._frozen = frozen(described)
         self._is_first_row = True
         self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
         try:
@@ -264,8 +262,6 @@ class TorchWatcher(Watcher):
 
     def _record(self, row: Row) -> None:
         row.receive()
-        if len(self._frozen) and np.maximum.reduce(row.norms[self._frozen]) != NOT_MEASURED:
-            self._thaw(row)
         due = self._close_row(
             row.norms,
             row.metrics,
@@ -275,13 +271,6 @@ class TorchWatcher(Watcher):
         )
         if due is not None:
             self._apply(due)
-
-    def _thaw(self, row: Row) -> None:
-        """Note that parameters which were frozen are trained now."""
-        self._check()
-        self._parameters = tuple(thawed(self._parameters, row.norms))
-        self._frozen = frozen(self._parameters)
-        self._new_columns()
 
     def _apply(self, due: Due) -> None:
         self._between.take(due, self._next_step + len(self._in_flight))

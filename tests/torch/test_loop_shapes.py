@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradwatch.detectors.base import RunContext
+from gradwatch.detectors.engine import Engine, replay
+from gradwatch.integrations.torch import watch_torch
+from gradwatch.reader import RunReader
 from gradwatch.records import NOT_MEASURED
 from tests.torch.loops import assert_norms, data, mlp, mse, reference, watching
 
@@ -85,8 +89,22 @@ def test_a_frozen_parameter_is_measured_from_the_step_it_is_unfrozen(run_dir: Pa
             expected.append(reference(model.parameters()))
             optimizer.step()
     assert_norms(record.norms, expected)
-    assert [p.trainable for p in record.batches[0].parameters] == [False, False, True, True, True, True]
-    assert all(p.trainable for p in record.batches[-1].parameters)
+    assert [p.trainable for p in record.batches[-1].parameters] == [False, False, True, True, True, True]
+
+
+def test_a_replay_does_not_miss_the_gradients_of_what_was_frozen_at_first(run_dir: Path) -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch_torch(model, optimizer, run_dir=run_dir) as watcher:
+        for i, (x, y) in enumerate(data(60)):
+            model[0].requires_grad_(i >= 50)
+            optimizer.zero_grad()
+            mse(model, x, y).backward()
+            optimizer.step()
+    run = RunReader(run_dir)
+    found = replay(run.batches(), Engine("default", RunContext(run.info.parameters)))
+    assert "unused" not in {finding.rule for finding in [*found, *watcher.findings]}
 
 
 def test_a_parameter_group_added_later_becomes_new_columns(run_dir: Path) -> None:

@@ -125,12 +125,15 @@ def drift(layer: int, growth: float) -> Training:
     others = [parameter for parameter in model.parameters() if parameter is not weight]
     groups: list[dict[str, Any]] = [{"params": others}, {"params": [weight]}]
     optimizer = torch.optim.SGD(groups, lr=0.1)
+    factor = 1.0
 
     def tilt(k: int) -> None:
+        nonlocal factor
         factor = growth ** min(max(0, k - DRIFT_START), 250)
-        if weight.grad is not None:
-            weight.grad.mul_(factor)
         optimizer.param_groups[1]["lr"] = 0.1 / factor
+
+    # In the backward pass: what a loop does to a gradient after it is taken for its clipping.
+    weight.register_hook(lambda gradient: gradient * factor)
 
     return supervised(model, optimizer, epochs(*digits(), size=64), steps=DRIFT_START + 300, before_step=tilt)
 
