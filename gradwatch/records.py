@@ -41,6 +41,8 @@ METRICS = ("time", "step_time", "hook_time", "loss", "lr", "lr_factor", "global_
 
 #: The metric that is 1 at the first step after a remedy gave the network other weights: detectors begin anew there.
 RENEWED = "renewed"
+#: The metric that counts the losses that were not finite and after which the loop itself took no step.
+DISCARDED = "discarded"
 
 
 @dataclass(frozen=True, slots=True)

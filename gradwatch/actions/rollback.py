@@ -78,6 +78,8 @@ class Rollback(BetweenStepsAction):
         """See `BetweenStepsAction.respond`."""
         if finding.rule == "nonfinite" and finding.first_step <= state.began:
             return None  # there is no good state: these weights never gave a finite step
+        if finding.severity != "critical" and finding.evidence.get("skipped"):
+            return None  # no update was taken: the weights are as good as before
         if finding.severity != "critical" and step - finding.first_step < self.patience:
             return None
         factor = min(self.factor, 1.0 / (1.0 + math.sqrt(state.growth))) if self.factor < 1.0 else 1.0

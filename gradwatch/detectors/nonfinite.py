@@ -22,7 +22,8 @@ class NonFinite(Rule):
 
     Critical at the first step whose update is taken: from there on the weights are lost. A step that was skipped keeps
     the weights whole: a warning. A step that a `GradScaler` skips is how mixed precision looks for its scale and no
-    alarm, unless `scaler_patience` steps in a row are skipped.
+    alarm, unless `scaler_patience` steps in a row are skipped. A batch that the loop itself left out, after a loss that
+    was logged and not finite, is a warning too: it may come again every epoch.
 
     Says where it began: backward runs from the output to the input, so with a finite loss the deepest bad layer came
     first; a loss that is not finite came first itself.
@@ -55,10 +56,11 @@ class NonFinite(Rule):
         if self.scaler_skips:
             if self.scaler_skips < self.scaler_patience:
                 return None
-        elif not (bad_layers or bad_loss or bad_weights):
+        elif not (bad_layers or bad_loss or bad_weights or now.discarded):
             return None
         self.lost += 1
-        severity: Severity = "warning" if now.skipped and not bad_weights else "critical"
+        is_taken = (bad_layers or bad_loss) and not now.skipped
+        severity: Severity = "critical" if is_taken or bad_weights else "warning"
         scores = np.where(now.bad, np.arange(len(now.bad)), -1.0)
         return Sign(
             severity=severity,
@@ -76,7 +78,8 @@ class NonFinite(Rule):
         names = now.context.layers.names
         finite = [names[i] for i in np.flatnonzero(~now.bad & ~now.absent)]
         bad = np.flatnonzero(now.bad)
-        where = "loss" if bad_loss else "weights" if bad_weights and not len(bad) else "gradient"
+        is_discarded = now.discarded and not (len(bad) or bad_weights)
+        where = "loss" if bad_loss or is_discarded else "weights" if bad_weights and not len(bad) else "gradient"
         facts: dict[str, Any] = {
             "where": where,
             "direction": "forward" if bad_loss else "backward",
@@ -85,7 +88,7 @@ class NonFinite(Rule):
             "finite_layers": finite[:20],
             "finite_count": len(finite),
             "kind": "nan" if np.isnan(now.norms[bad]).any() or (bad_loss and math.isnan(now.loss)) else "inf",
-            "skipped": now.skipped,
+            "skipped": "loop" if is_discarded and not bad_loss else now.skipped,
             "norm_before": _exp(now.total_level),
             "total_rise": None if math.isnan(now.total_rise) else now.total_rise,
         }
@@ -109,6 +112,8 @@ class NonFinite(Rule):
             return (
                 f"The gradient scaler skipped {self.scaler_skips} steps in a row: no loss scale gives finite gradients."
             )
+        if facts.get("skipped") == "loop":
+            return f"A loss before step {finding.first_step} was not finite, and the loop took no step with it."
         if facts.get("where") == "loss":
             what = f"The loss became {kind} {since}, before any gradient"
         elif facts.get("where") == "weights":

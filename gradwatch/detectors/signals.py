@@ -15,7 +15,7 @@ from gradwatch.detectors.past import Opening, Sizes
 from gradwatch.detectors.profile import DepthProfile
 from gradwatch.detectors.recent import Recent
 from gradwatch.detectors.trend import Trend
-from gradwatch.records import NOT_MEASURED, SKIP_REASONS, Floats, StepBatch
+from gradwatch.records import DISCARDED, NOT_MEASURED, SKIP_REASONS, Floats, StepBatch
 
 #: Weight of a new step in the robust baseline: a memory of 50 steps.
 BASELINE_WEIGHT = 0.02
@@ -56,6 +56,7 @@ class Signals(Remembers):
         skipped: Why the optimizer did not step, or "".
         scale: The loss scale of mixed precision; `NOT_MEASURED` where there is none.
         samples: Statistics taken at this step, name to row.
+        discarded: Whether a loss that was not finite came before this step, and the loop took no step with it.
         events: `SAMPLE` where there are any, `DAMAGE` where a layer is not clean, the loss is not finite or the step
             was skipped, `SCALE` where the gradient was scaled, and always `EVERY_STEP`.
     """
@@ -97,7 +98,8 @@ class Signals(Remembers):
 
     def advance(self, batch: StepBatch) -> Iterator[Signals]:
         """Look at each step of the batch in turn; yields itself."""
-        losses, rates, factors, scales = (_listed(batch, name) for name in ("loss", "lr", "lr_factor", "grad_scale"))
+        names = ("loss", "lr", "lr_factor", "grad_scale", DISCARDED)
+        losses, rates, factors, scales, discarded = (_listed(batch, name) for name in names)
         self.modules = batch.modules
         sampled = _sampled(batch)
         norms = self.context.layers.norms(batch.grad_norm)
@@ -112,7 +114,9 @@ class Signals(Remembers):
             self.has_loss, self.skipped = losses[i] != NOT_MEASURED, SKIP_REASONS[reasons[i]]
             self.loss = losses[i] if self.has_loss else math.nan
             self.scale, self.samples = scales[i], sampled.get(i, _NO_SAMPLES)
-            is_damaged = not self.clean or reasons[i] or (self.has_loss and not math.isfinite(self.loss))
+            self.discarded = discarded[i] > 0
+            is_lost = self.discarded or (self.has_loss and not math.isfinite(self.loss))
+            is_damaged = not self.clean or reasons[i] or is_lost
             self.events = EVERY_STEP | (SAMPLE if self.samples else 0) | (DAMAGE if is_damaged else 0)
             self.events |= SCALE if self.scale > 0 else 0
             rate = rates[i] if rates[i] != NOT_MEASURED else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from gradwatch.backends.torch_device import Transfer, host_or_copy, on_host
 from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_statistics import Finish
 from gradwatch.backends.torch_step import KeptCounters
-from gradwatch.records import NOT_MEASURED, Floats
+from gradwatch.records import DISCARDED, NOT_MEASURED, Floats
 from gradwatch.watcher import number
 
 Setter = Callable[[Any], None]
@@ -180,7 +181,8 @@ class Logbook:
     """Which step a logged number belongs to.
 
     What is logged between backward and step belongs to that step, as does what is logged before backward by a loop that
-    logs before its very first step; everything else belongs to the step taken last.
+    logs before its very first step; everything else belongs to the step taken last. A loss that is not finite and is
+    followed by another for the same step was one that the loop left out: it is counted.
     """
 
     def __init__(self) -> None:
@@ -201,8 +203,11 @@ class Logbook:
             self._early.update(numbers)
         for name, value in numbers.items():
             book = self._ahead if is_first or is_ahead or name in self._early else self._current
-            if not (is_repeated and name in book):
-                book[name] = value
+            if is_repeated and name in book:
+                continue
+            if name == "loss" and _is_lost(book.get(name)):
+                book[DISCARDED] = book.get(DISCARDED, 0.0) + 1.0
+            book[name] = value
 
     def stepping(self) -> None:
         """An optimizer steps: what was logged ahead belongs to the row that is open now."""
@@ -225,6 +230,10 @@ def is_nested(optimizer: Optimizer) -> bool:
             found += 1
         frame = frame.f_back  # type: ignore[assignment]
     return found > 1
+
+
+def _is_lost(loss: Any) -> bool:
+    return isinstance(loss, float) and not math.isfinite(loss)
 
 
 def _scalar(number: Any) -> float:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from gradwatch.integrations.torch import watch_torch
+from gradwatch.run import load
 from tests.torch.loops import data, mlp, mse, watching
 
 
@@ -60,3 +62,21 @@ def test_a_number_logged_now_and_then_is_recorded_where_it_was_logged(run_dir: P
             if i % 3 == 2:
                 watcher.log(accuracy=i / 10)
     assert [i for i, value in enumerate(record.metric("accuracy")) if np.isfinite(value)] == [2, 5]
+
+
+def test_a_batch_that_the_loop_leaves_out_is_found_and_nothing_is_done_about_it(run_dir: Path) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with watch_torch(model, optimizer, run_dir=run_dir, actions="repair") as watcher:
+        for i, (x, y) in enumerate(data(80)):
+            optimizer.zero_grad()
+            loss = mse(model, x, y) * (torch.nan if i == 30 else 1.0)
+            loss.backward()
+            if loss.isfinite():
+                optimizer.step()
+            watcher.log(loss=loss)
+    run = load(run_dir)
+    assert run.metrics()["discarded"].dropna().to_dict() == {30: 1.0}
+    assert [(f.rule, f.severity, f.first_step) for f in watcher.findings] == [("nonfinite", "warning", 30)]
+    assert watcher.findings[0].message == "A loss before step 30 was not finite, and the loop took no step with it."
+    assert run.actions().empty
