@@ -8,6 +8,7 @@ python -m benchmarks.record soak --steps 200000
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ import numpy as np
 
 from benchmarks.machine import machine
 from gradwatch.records import METRICS, Parameter, RunInfo, StepBatch
+from gradwatch.storage import store
 from gradwatch.writer import RunWriter
 
 _READ = """
@@ -145,7 +147,10 @@ def _bytes(folder: Path) -> int:
 
 
 def soak(steps: int) -> dict[str, Any]:
-    """A small real training with all on: slope of memory, threads and handles."""
+    """A small real training with all on, warmed up until a few segments are sealed: slopes of memory, threads, handles.
+
+    The first seals load code and fill the pools of the allocators once; what grows with the steps shows afterwards.
+    """
     import torch
 
     import gradwatch as gw
@@ -154,30 +159,65 @@ def soak(steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    points = []
+    points: list[dict[str, float]] = []
+    store.SEAL_ROWS, warm_up = max(100, steps // 20), steps // 2
     with tempfile.TemporaryDirectory() as folder:
-        watcher = gw.watch(model, optimizer, run_dir=f"{folder}/run", actions=[gw.Clip(max_norm=1.0), gw.SkipStep()])
+        watcher = gw.watch(
+            model,
+            optimizer,
+            run_dir=f"{folder}/run",
+            activations=True,
+            actions=[gw.Clip(max_norm=1.0), gw.SkipStep(), gw.DecayLR(factor=0.5, on="exploding")],
+            alerts=[gw.alerts.Log()],
+            sinks=[gw.sinks.TensorBoard(f"{folder}/tb")],
+        )
         begin = time.perf_counter()
-        for step in range(steps):
+        for step in range(warm_up + steps):
             x = torch.randn(8, 16)
             optimizer.zero_grad()
             loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
             loss.backward()
             optimizer.step()
             watcher.log(loss=loss)
-            if step % (steps // 100) == 0:
-                handles = len(list(Path("/proc/self/fd").iterdir()))
-                points.append((step, rss() * 1000, threading.active_count(), handles))
+            if step % (steps // 200) == 0:
+                points.append({"step": step, **_memory()})
         seconds = time.perf_counter() - begin
         watcher.close()
-    later = np.array(points[len(points) // 4 :])
+    later = {name: np.array([p[name] for p in points if p["step"] >= warm_up]) for name in points[0]}
+    thousands = later.pop("step") / 1000
+    slopes = {name: round(float(np.polyfit(thousands, later[name], 1)[0]), 3) for name in later if name.endswith("kB")}
     return {
         "steps": steps,
+        "steps of warm-up": warm_up,
         "seconds": round(seconds, 1),
-        "kB per 1000 steps (last three quarters)": round(float(np.polyfit(later[:, 0], later[:, 1], 1)[0] * 1000), 3),
-        "resident MB, every tenth": [round(float(p[1]) / 1000, 1) for p in points[::10]],
-        "threads": sorted({int(n) for n in later[:, 2]}),
-        "handles": sorted({int(n) for n in later[:, 3]}),
+        "kB per 1000 steps": slopes,
+        "resident MB, every twentieth": [round(p["resident kB"] / 1000, 2) for p in points[::20]],
+        "threads": sorted({int(n) for n in later["threads"]}),
+        "handles": sorted({int(n) for n in later["handles"]}),
+    }
+
+
+class _Heap(ctypes.Structure):
+    """What `mallinfo2` of the C library returns."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def _memory() -> dict[str, float]:
+    """Memory of this process by who holds it; threads and handles."""
+    import pyarrow as pa
+
+    asked = ctypes.CDLL(None).mallinfo2
+    asked.restype = _Heap
+    heap = asked()
+    return {
+        "resident kB": rss() * 1000,
+        "heap in use kB": (heap.uordblks + heap.hblkhd) / 1000,
+        "heap free kB": heap.fordblks / 1000,
+        "arrow kB": pa.total_allocated_bytes() / 1000,
+        "threads": threading.active_count(),
+        "handles": len(list(Path("/proc/self/fd").iterdir())),
     }
 
 
