@@ -52,7 +52,7 @@ def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
         return watch_keras(model, optimizer, **settings)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):
-        from gradwatch.integrations.torch import watch_torch
+        from gradwatch.integrations.torch_watch import watch_torch
 
         return watch_torch(model, optimizer, **settings)
     raise ModelError(f"'model' must be a torch.nn.Module or a Keras model: {type(model).__name__}")

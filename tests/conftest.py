@@ -26,14 +26,7 @@ import pytest
 pytest_plugins = ("tests.extras",)
 
 #: What GRADWATCH_TEST_FRAMEWORKS may name, and the package that must then be there.
-FRAMEWORKS = {
-    "torch": "torch",
-    "lightning": "lightning",
-    "transformers": "transformers",
-    "ignite": "ignite",
-    "skorch": "skorch",
-    "optax": "optax",
-}
+FRAMEWORKS = {"torch": "torch", "lightning": "lightning", "transformers": "transformers", "ignite": "ignite"}
 #: Where the distribution has another name than the package.
 DISTRIBUTIONS = {"ignite": "pytorch-ignite"}
 

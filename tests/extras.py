@@ -21,10 +21,6 @@ EXTRAS = {
     "prometheus": ("prometheus_client",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
-    "remote": ("fsspec",),
-    "dev": ("duckdb", "polars"),
-    "fastai": ("fastai",),
-    "flax": ("flax", "optax"),
 }
 #: Server to its program.
 SERVERS = {"prometheus": "prometheus"}

@@ -84,6 +84,11 @@ class BackwardEnd:
 
         return arrived
 
+    def begin(self) -> None:
+        """A backward pass is beginning, perhaps one that reaches no parameter with a hook."""
+        if (task := _task_id()) not in self._running:
+            self._begin(task)
+
     def _begin(self, task: int) -> None:
         """The first gradient of a backward pass has arrived."""
         if not self._running:
@@ -103,8 +108,8 @@ class BackwardEnd:
             return
         self._running.clear()
         arrivals = self._arrivals
-        ends = (arrivals[0], arrivals[-1])
-        if len(arrivals) > len(self._passes.get(ends, ())):
+        ends = (arrivals[0], arrivals[-1]) if arrivals else None
+        if ends is not None and len(arrivals) > len(self._passes.get(ends, ())):
             self._passes[ends] = arrivals
         if self._suspects:
             self._suspects.difference_update(arrivals)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradwatch.backends.torch_device import DeviceNorms, on_host
 from gradwatch.backends.torch_norms import CpuNorms
+from gradwatch.backends.torch_sharding import is_dtensor, local
 from gradwatch.backends.torch_statistics import CpuExtremes, Updates, device_extremes
 from gradwatch.records import NOT_MEASURED
 
@@ -182,6 +183,7 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        self._is_sharded = any(map(is_dtensor, parameters))
         self._present = Present(range(len(self.parameters)), len(self.parameters))
         self._plans: dict[tuple[int, ...], CpuNorms | DeviceNorms] = {}
         self._plan: CpuNorms | DeviceNorms | None = None
@@ -227,7 +229,7 @@ class Gradients:
         Numpy for gradients on the host; those of an accelerator stay there. `NOT_MEASURED` without gradient.
         """
         places = tuple(i for i, grad in enumerate(grads) if grad is not None)
-        present = [grad for grad in grads if grad is not None]
+        present = local([grad for grad in grads if grad is not None])
         plan = self._extremes.get(places)
         is_home = plan is not None and (not present or on_host(present[0]))
         home = None if is_home else next((grad.device for grad in present if not on_host(grad)), None)
@@ -260,6 +262,8 @@ class Gradients:
         """Norms at all places, of the gradients that are there."""
         if not measured:
             return np.full(len(self.parameters), NOT_MEASURED, np.float32)
+        if self._is_sharded:
+            measured = local(measured)
         try:
             found = (self._plan or self._planned(measured))(measured)
         except (RuntimeError, TypeError):

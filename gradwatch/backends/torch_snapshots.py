@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.backends.torch_sharding import local
 from gradwatch.errors import ConfigurationError
 from gradwatch.remedies.words import in_bytes
 
@@ -146,14 +147,14 @@ class Snapshots:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._model.named_parameters():
-            yield f"parameter/{name}", parameter.detach()
+            yield f"parameter/{name}", local([parameter])[0].detach()
         for name, tensor in self._model.named_buffers():
-            yield f"buffer/{name}", tensor
+            yield f"buffer/{name}", local([tensor])[0]
         for number, optimizer in enumerate(self._optimizers):
             for place, parameter in enumerate(_held(optimizer)):
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor):
-                        yield f"state/{number}/{place}/{key}", value
+                        yield f"state/{number}/{place}/{key}", local([value])[0]
 
     def _written(self, snapshot: Snapshot) -> Snapshot:
         if self._directory is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradwatch.backends.torch_device import DeviceNorms, on_host
 from gradwatch.backends.torch_norms import CpuNorms, flat, is_float8
+from gradwatch.backends.torch_sharding import local
 from gradwatch.backends.torch_slab import is_small, slabs
 from gradwatch.records import NOT_MEASURED, Floats
 
@@ -87,7 +88,7 @@ class Updates:
     def __init__(self, places: Sequence[int], parameters: Sequence[nn.Parameter]) -> None:
         self._kept: dict[int, list[Tensor]] = {}
         self._parts: list[tuple[list[int], list[Tensor]]] = [
-            ([places[i] for i in part], [parameters[i] for i in part]) for part in _parts(parameters)
+            ([places[i] for i in part], [parameters[i] for i in part]) for part in _parts(local(parameters))
         ]
         self._plans: dict[int, CpuNorms | DeviceNorms] = {}
 
@@ -100,7 +101,8 @@ class Updates:
             shape (2, number of places).
         """
         number = turn % len(self._parts)
-        places, parameters = self._parts[number]
+        places, own = self._parts[number]
+        parameters = local(own)
         if not parameters:
             return lambda: ([], np.zeros((2, 0), np.float32))
         before = self._copy(number, parameters)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.backends.torch_sharding import local
+
 
 @torch.no_grad()
 def scale_gradients(parameters: Sequence[nn.Parameter], scale: Any) -> None:
@@ -21,7 +23,7 @@ def scale_gradients(parameters: Sequence[nn.Parameter], scale: Any) -> None:
         parameters: Whose gradients; those without are passed over.
         scale: A number, a scalar tensor, or numbers of shape (number of parameters,).
     """
-    grads = [parameter.grad for parameter in parameters]
+    grads = local([parameter.grad for parameter in parameters])
     if np.ndim(scale) == 0:
         if isinstance(scale, Tensor) or float(scale) != 1.0:
             _multiply([grad for grad in grads if grad is not None], scale)
@@ -73,7 +75,7 @@ def clip_values(parameters: Sequence[nn.Parameter], limit: Any) -> None:
         if grad.is_sparse:
             # Duplicate entries add up: only the sum may be limited.
             parameter.grad = grad = grad.coalesce()
-        target = grad if grad.layout is torch.strided else grad.values()
+        (target,) = local([grad if grad.layout is torch.strided else grad.values()])
         if target.is_complex():
             target = torch.view_as_real(target)
         target.clamp_(-limit, limit)

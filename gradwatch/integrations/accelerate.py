@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.integrations.torch import TorchWatcher, watch_torch
+from gradwatch.integrations.torch import TorchWatcher
+from gradwatch.integrations.torch_watch import watch_torch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

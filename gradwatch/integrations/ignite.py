@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gradwatch.errors import MissingDependencyError
-from gradwatch.integrations.torch import watch_torch
+from gradwatch.integrations.torch_watch import watch_torch
 
 try:
     from ignite.engine import Engine, Events

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gradwatch.errors import MissingDependencyError
-from gradwatch.integrations.torch import TorchWatcher, watch_torch
+from gradwatch.integrations.torch import TorchWatcher
+from gradwatch.integrations.torch_watch import watch_torch
 
 try:
     import lightning.pytorch as pl

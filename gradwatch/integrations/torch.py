@@ -30,10 +30,10 @@ from gradwatch.backends.torch_device import host_or_copy, on_host
 from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_graph import Uses, read_graph
 from gradwatch.backends.torch_model import by_execution, describe, is_compiled, outsider, with_uses
+from gradwatch.backends.torch_sharding import whole
 from gradwatch.backends.torch_statistics import GRADIENT_STATISTICS, Finish, update_statistics
 from gradwatch.backends.torch_step import KeptCounters, ScaledLR
-from gradwatch.errors import ModelError
-from gradwatch.integrations.torch_attach import attach, unwrapped
+from gradwatch.integrations.torch_attach import attach
 from gradwatch.integrations.torch_between import BetweenSteps
 from gradwatch.integrations.torch_closure import closure_of, telling
 from gradwatch.integrations.torch_guard import Guard
@@ -273,7 +273,7 @@ class TorchWatcher(Watcher):
             self._apply(due)
 
     def _apply(self, due: Due) -> None:
-        self._between.take(due, self._next_step + len(self._in_flight))
+        self._between.take(due, self._next_step + self._waiting)
 
     def log(self, **numbers: Any) -> None:
         """See `Watcher.log`; numbers logged between backward and step belong to that step.
@@ -300,7 +300,7 @@ class TorchWatcher(Watcher):
     def mark(self, text: str) -> None:
         """See `Watcher.mark`."""
         self._require_open()
-        self.monitor.mark(text, self._next_step + len(self._in_flight))
+        self.monitor.mark(text, self._next_step + self._waiting)
 
     def clipping(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
         """The user's loop is about to scale gradients, by `clip_grad_norm_` or its kin."""
@@ -308,6 +308,7 @@ class TorchWatcher(Watcher):
         self.pending.is_announced = bool(places)
         if not places:
             return
+        total_norm = whole(total_norm)
         self.pending.before_clip(places, max_norm, total_norm, sample=self._is_sampled_next())
         if self._row is not None and self._running_closure is not None:
             # Within a closure the row has its gradients already, and not yet what they are multiplied by.
@@ -324,9 +325,14 @@ class TorchWatcher(Watcher):
         return self._upcoming % self.settings.stats_every == 0
 
     @property
+    def _waiting(self) -> int:
+        """Rows that are closed and not recorded yet."""
+        return len(self._in_flight)
+
+    @property
     def _upcoming(self) -> int:
         """Number of the row that the next step opens."""
-        return self._next_step + len(self._in_flight) + (self._row is not None)
+        return self._next_step + self._waiting + (self._row is not None)
 
     def unscaling(self, optimizer: Optimizer, scale: Tensor) -> None:
         """A GradScaler is about to divide the gradients of an optimizer by its scale."""
@@ -368,21 +374,13 @@ class TorchWatcher(Watcher):
         self._undo_all()
         self.faults.call("torch hooks", self._close_open_row, is_last=True, default=None)
         self.pending.clear()
+        self._finish(status)
         super().close(status, detail)
+
+    def _finish(self, status: str) -> None:
+        """Nothing more is measured."""
 
 
 def _stop(reference: weakref.ref[TorchWatcher], words: str) -> None:
     if (watcher := reference()) is not None:
         watcher.on_stop(words)
-
-
-def watch_torch(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, **settings: Any
-) -> TorchWatcher:
-    """See `gradwatch.watch`."""
-    given = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    optimizers = [unwrapped(each) for each in given]
-    loss_fn = settings.get("loss_fn")
-    if loss_fn is not None and not isinstance(loss_fn, nn.Module):
-        raise ModelError(f"'loss_fn' must be a torch.nn.Module: {loss_fn!r}")
-    return TorchWatcher(model, optimizers, **settings)

@@ -46,9 +46,13 @@ class BetweenSteps:
     ) -> None:
         self._stop, self._begin = stop, begin
         self._model, self._policy, self._monitor = model, policy, monitor
-        self._optimizers = list(optimizers)
+        self._optimizers = list(map(_with_state, optimizers))
         self._due: Due | None = None
         self._is_renewed = self._is_closing = False
+        #: Whether the state of the run is worth a snapshot; ranks that decide together agree on it.
+        self.is_well: Callable[[], bool] = lambda: policy.is_well
+        #: Whether nothing is carried out any more, because the other ranks would not do the same.
+        self.is_off = False
         self._actions: TorchActions | None = None
 
     def start(self, run_dir: Path, *, is_dry: bool) -> None:
@@ -70,7 +74,7 @@ class BetweenSteps:
         Raises:
             StopTraining: It is a `Stop`.
         """
-        if self._is_closing:
+        if self._is_closing or self.is_off:
             return
         if self._actions is None or isinstance(due.action, DecayLR):
             self._monitor.acted(due, step)
@@ -86,6 +90,7 @@ class BetweenSteps:
         """An optimizer begins the step of this row."""
         if self._actions is None:
             return
+        optimizer = _with_state(optimizer)
         if not any(optimizer is known for known in self._optimizers):
             self._optimizers.append(optimizer)
         self._actions.finish()
@@ -100,7 +105,7 @@ class BetweenSteps:
             return
         due, following = self._due, row.number + 1
         if due is None:
-            self._actions.watch_over(following, is_well=self._policy.is_well and not row.skip_reason)
+            self._actions.watch_over(following, is_well=self.is_well() and not row.skip_reason)
             return
         self._due = None
         try:
@@ -119,3 +124,9 @@ class BetweenSteps:
         self._is_closing = True
         if self._actions is not None:
             self._actions.close()
+
+
+def _with_state(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that has the state: in a `ZeroRedundancyOptimizer` that of this rank's parameters."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gradwatch.actions.base import InStepAction
 from gradwatch.backends.torch_decide import Decider
 from gradwatch.backends.torch_device import host_or_copy
+from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_step import clip_values, scale_gradients, skip_step
 from gradwatch.backends.torch_units import scale_units, spared_by
 from gradwatch.integrations.torch_pending import Reading
@@ -29,6 +32,10 @@ class InStep:
     ) -> None:
         self.decider = Decider(actions)
         self._described, self._is_dry = described, is_dry
+        #: Norms of the whole gradients from those of this rank's parts, where they differ; None where they do not.
+        self.total: Callable[[Held, Any], Any] = lambda held, norms: None
+        #: The entries of an optimizer's parameters, of an array over those of all ranks.
+        self.part: Callable[[Held, Any], Any] = lambda held, values: values
 
     def __bool__(self) -> bool:
         return bool(self.decider)
@@ -48,7 +55,8 @@ class InStep:
             spared = spared_by(action, self._described())[held.index]
             return scale_units(action, held.parameters, spared, norms)
 
-        verdict = self.decider.decide(reading.now, by_unit)
+        total = self.total(held, reading.now)
+        verdict = self.decider.decide(reading.now if total is None else total, by_unit)
         if self._is_dry:
             row.put_metric("would_skip", verdict.skip)
             row.put_metric("would_clip", verdict.coefficient)
@@ -59,7 +67,8 @@ class InStep:
             if verdict.skip is True:
                 return 1.0
         if verdict.scale is not None:
-            scale_gradients(held.parameters, verdict.scale)
+            is_split = total is not None and np.ndim(verdict.scale)
+            scale_gradients(held.parameters, self.part(held, verdict.scale) if is_split else verdict.scale)
         if verdict.clip_value is not None:
             clip_values(held.parameters, verdict.clip_value * host_or_copy(getattr(step.optimizer, "grad_scale", None)))
         return verdict.coefficient

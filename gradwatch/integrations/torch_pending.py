@@ -61,6 +61,8 @@ class Pending:
         self._extremes: Any = None
         self._extremes_scaled = True
         self._is_ours = self.is_announced = True
+        #: Whether the loop itself reduces gradients over ranks behind backward: what it makes of them is the gradient.
+        self.is_reduced_by_loop = False
         self._unexplained = 0
         self._looks_twice = False
         self._everything = self._hold_all()
@@ -113,7 +115,7 @@ class Pending:
         """Before a change that we know of: look for changes that we do not know of."""
         self._is_ours = True
         pending = self._measurement
-        if pending is None:
+        if pending is None or (self.is_reduced_by_loop and not (self._clips or self._scales)):
             self.measure()
             return
         changed = [place for place in pending.changed(self._everything) if place in places]
@@ -136,6 +138,9 @@ class Pending:
         """The gradients that the optimizer is about to use, and what became of them since they were measured."""
         pending, scale = self._measurement, getattr(optimizer, "grad_scale", None)
         changed = held.places if pending is None else pending.changed(held)
+        if self.is_reduced_by_loop and not (self._clips or self._scales):
+            self.measure()  # a collective leaves no trace in the version
+            pending, changed = self._measurement, []
         is_touched = bool(changed or self._scales or self._clips or self._looks_twice or scale is not None)
         if pending is None or is_touched or sample or pending.is_damaged:
             reading = self._read_closely(held, changed, host_or_copy(scale), sample=sample)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradwatch.errors import MissingDependencyError
-from gradwatch.integrations.torch import TorchWatcher, watch_torch
+from gradwatch.integrations.torch import TorchWatcher
+from gradwatch.integrations.torch_watch import watch_torch
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

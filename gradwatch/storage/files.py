@@ -65,8 +65,7 @@ class LocalFiles(Files):
     def read(self, path: str, offset: int = 0) -> bytes:
         with self._plain(path).open("rb") as file:
             file.seek(offset)
-            # Not more than there is: `read` asks for the memory before it reads.
-            return file.read(max(0, min(os.fstat(file.fileno()).st_size - offset, _LARGEST)))
+            return file.read(_LARGEST)
 
     @contextmanager
     def open(self, path: str) -> Iterator[Any]:

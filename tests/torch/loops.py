@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.actions.base import InStepAction
-from gradwatch.integrations.torch import TorchWatcher, watch_torch
+from gradwatch.integrations.torch import TorchWatcher
+from gradwatch.integrations.torch_watch import watch_torch
 from gradwatch.records import NOT_MEASURED, ActionRecord, Finding, StepBatch
 
 

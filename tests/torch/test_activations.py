@@ -9,7 +9,7 @@ from torch import nn
 
 import gradwatch as gw
 from gradwatch.errors import ModelError
-from gradwatch.integrations.torch import watch_torch
+from gradwatch.integrations.torch_watch import watch_torch
 
 STATISTICS = ("activation_mean", "activation_std", "saturated_fraction", "dead_fraction", "output_grad_norm")
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import gradwatch.watcher
 from gradwatch.actions import Clip
-from gradwatch.integrations.torch import watch_torch
+from gradwatch.integrations.torch_watch import watch_torch
 
 #: Steps counted: whole blocks of those that are looked at together.
 STEPS = 24

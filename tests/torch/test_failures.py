@@ -13,8 +13,9 @@ from gradwatch.actions import Clip, DecayLR
 from gradwatch.actions.base import InStepAction, InStepDecision
 from gradwatch.backends import torch_gradients, torch_statistics, torch_step
 from gradwatch.integrations import torch as integration
-from gradwatch.integrations.torch import TorchWatcher, watch_torch
+from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_pending import Pending
+from gradwatch.integrations.torch_watch import watch_torch
 from tests.torch.loops import assert_same, data, mlp, mse, state_of
 
 

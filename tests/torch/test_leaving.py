@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grad
 
 from gradwatch.errors import WatcherClosedError
-from gradwatch.integrations.torch import watch_torch
+from gradwatch.integrations.torch_watch import watch_torch
 from tests.conftest import global_hooks, wrapped_functions
 from tests.torch.loops import data, mlp, mse, watching
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.integrations.torch import watch_torch
+from gradwatch.integrations.torch_watch import watch_torch
 from gradwatch.run import load
 from tests.torch.loops import data, mlp, mse, watching
 

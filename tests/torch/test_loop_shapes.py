@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine, replay
-from gradwatch.integrations.torch import watch_torch
+from gradwatch.integrations.torch_watch import watch_torch
 from gradwatch.reader import RunReader
 from gradwatch.records import NOT_MEASURED
 from tests.torch.loops import assert_norms, data, mlp, mse, reference, watching

@@ -1,0 +1,199 @@
+"""Talks to the other ranks on a thread and process groups of its own: training never waits here.
+
+The groups are made beside torch's registry, from the store that `init_process_group` left, so that no collective of the
+user's can be mixed up with one of ours. Whatever fails or takes longer than the time-out ends the talking for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Numbers = npt.NDArray[np.float64]
+#: Seconds that the others have to say that they are there, once something failed.
+ROLL_CALL = 3.0
+#: Exchanges of this process so far, by topic.
+_made: Counter[str] = Counter()
+
+
+@dataclass
+class Message:
+    """One exchange under way.
+
+    Args:
+        build: Makes what is to be added up over the ranks, and what is to be compared for the largest (may be empty);
+            called on the thread of the exchange.
+        text: Of rank 0, to be told to all; others leave it empty.
+    """
+
+    build: Callable[[], tuple[Numbers, Numbers]]
+    text: bytes = b""
+    sums: Numbers = field(default_factory=lambda: np.zeros(0))
+    largest: Numbers = field(default_factory=lambda: np.zeros(0))
+    done: threading.Event = field(default_factory=threading.Event)
+    is_well: bool = False
+
+
+class Exchange:
+    """Meets with the other ranks.
+
+    Args:
+        rank: This rank.
+        world_size: Number of ranks.
+        description: What this rank tells the others once; JSON types.
+        timeout: Seconds that one exchange may take.
+        topic: What it is about, the same on all ranks.
+
+    Attributes:
+        descriptions: Those of all ranks, in order; None until all were met.
+        failure: Why there is no exchange any more; empty while there is.
+        lost: Ranks that did not answer after a failure; known to rank 0.
+        collectives: Number of collectives so far.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, description: Mapping[str, Any], *, timeout: float, topic: str
+    ) -> None:
+        # The ranks must agree on a name without talking, also when an earlier run was watched on some of them only.
+        _made[topic] += 1
+        self._name = f"gradwatch/{topic}/{_made[topic]}"
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.descriptions: list[Any] | None = None
+        self.failure, self.lost = "", list[int]()
+        self.collectives = 0
+        self._met = threading.Event()
+        self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._store = torch.distributed.distributed_c10d._get_default_store()
+        self._in_step: Any = None
+        # A store serves one call at a time: a wait of ours must not hold up one of the user's.
+        with contextlib.suppress(Exception):
+            self._store = self._store.clone()  # type: ignore[attr-defined]
+        self._thread = threading.Thread(target=self._run, args=(description,), name="gradwatch-exchange", daemon=True)
+        self._thread.start()
+
+    def met(self, timeout: float | None = None) -> bool:
+        """Wait until the descriptions of all ranks are there; whether they are."""
+        self._met.wait(self.timeout if timeout is None else timeout)
+        return self.descriptions is not None
+
+    def send(self, message: Message) -> Message:
+        """Begin an exchange: every rank sends its own in the same order, with arrays of the same lengths."""
+        if self.failure:
+            message.done.set()
+        else:
+            self._queue.put(message)
+        return message
+
+    def arrived(self, message: Message, timeout: float | None = None) -> bool:
+        """Wait for an exchange; whether it succeeded. One that takes too long ends the talking."""
+        if not message.done.wait(self.timeout if timeout is None else timeout):
+            self._fail(f"no answer within {self.timeout:g} s")
+        return message.is_well
+
+    def add_up(self, numbers: Numbers) -> Numbers:
+        """Add up numbers over the ranks now; every rank calls this at the same place of its step.
+
+        Raises:
+            RuntimeError: A rank does not answer.
+        """
+        if self.failure:
+            raise RuntimeError(self.failure)
+        try:
+            if self._in_step is None:
+                self._in_step = self._group("in-step")
+            tensor = torch.from_numpy(numbers)
+            self._reduce(self._in_step, tensor)
+        except Exception as error:
+            self._fail(str(error))
+            raise
+        return numbers
+
+    def close(self) -> None:
+        """End the thread when it has sent what waits."""
+        self._queue.put(None)
+        self._thread.join(self.timeout if not self.failure else ROLL_CALL)
+
+    def _run(self, description: Mapping[str, Any]) -> None:
+        message: Message | None = None
+        try:
+            group = self._group("flush")
+            self.descriptions = [json.loads(text) for text in self._gather(group, json.dumps(description).encode())]
+            self._met.set()
+            while (message := self._queue.get()) is not None:
+                self._meet(group, message)
+                message.is_well = not self.failure
+                message.done.set()
+        except Exception as error:  # noqa: BLE001 -- of whatever kind: the training goes on without the others
+            self._fail(str(error).partition("\n")[0])
+            self._call_roll()
+        finally:
+            self._met.set()
+            while message is not None:
+                message.done.set()
+                message = None if self._queue.empty() else self._queue.get()
+
+    def _group(self, kind: str) -> Any:
+        store = torch.distributed.distributed_c10d.PrefixStore(f"{self._name}/{kind}", self._store)
+        limit = timedelta(seconds=self.timeout)
+        return torch.distributed.ProcessGroupGloo(store, self.rank, self.world_size, limit)
+
+    def _reduce(self, group: Any, tensor: torch.Tensor, operation: Any = None) -> None:
+        self.collectives += 1
+        options = torch.distributed.AllreduceOptions()
+        options.reduceOp = operation or torch.distributed.ReduceOp.SUM  # type: ignore[assignment]
+        options.timeout = timedelta(seconds=self.timeout)
+        group.allreduce([tensor], options).wait()
+
+    def _meet(self, group: Any, message: Message) -> None:
+        """One sum with the length of the text at its end; what else there is to say only where there is something."""
+        message.sums, message.largest = message.build()
+        line = torch.from_numpy(np.append(message.sums, float(len(message.text))))
+        self._reduce(group, line)
+        message.sums, length = line[:-1].numpy(), int(line[-1])
+        if message.largest.size:
+            self._reduce(group, torch.from_numpy(message.largest), torch.distributed.ReduceOp.MAX)
+        if length:
+            text = torch.zeros(length, dtype=torch.uint8)
+            if message.text:
+                text = torch.frombuffer(bytearray(message.text), dtype=torch.uint8)
+            self.collectives += 1
+            group.broadcast([text], torch.distributed.BroadcastOptions()).wait()
+            message.text = text.numpy().tobytes()
+
+    def _gather(self, group: Any, text: bytes) -> list[bytes]:
+        length = torch.zeros(self.world_size, dtype=torch.int64)
+        length[self.rank] = len(text)
+        self._reduce(group, length)
+        mine = torch.zeros(int(length.max()), dtype=torch.uint8)
+        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        every = [torch.zeros_like(mine) for _ in range(self.world_size)]
+        self.collectives += 1
+        group.allgather([every], [mine]).wait()
+        return [each.numpy().tobytes()[:size] for each, size in zip(every, length.tolist(), strict=True)]
+
+    def _fail(self, why: str) -> None:
+        self.failure = self.failure or why or "unknown"
+
+    def _call_roll(self) -> None:
+        """Say that this rank is there; rank 0 looks who else is."""
+        keys: Sequence[str] = [f"{self._name}/here/{rank}" for rank in range(self.world_size)]
+        with contextlib.suppress(Exception):  # the store may be gone with the rank that was lost
+            self._store.set(keys[self.rank], "yes")
+            until = time.monotonic() + ROLL_CALL
+            while self.rank == 0 and time.monotonic() < until:
+                self.lost = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                if not self.lost:
+                    return
+                time.sleep(0.1)

@@ -1,0 +1,22 @@
+"""What the ranks learn together, and one process alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+WIDTH = 6
+BATCH = 8
+
+
+def network() -> nn.Sequential:
+    """The same on every rank; sizes that do not divide evenly."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(WIDTH, 12), nn.Tanh(), nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
+
+
+def batch(step: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The batch of all ranks together."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x, y = torch.randn(BATCH, WIDTH, generator=generator), torch.randn(BATCH, 3, generator=generator)
+    return x * scale, y * scale
