@@ -27,6 +27,8 @@ from gradwatch.watch import watch
 _KEEP = 0.4
 #: Losses at the end of a fork that its rank is taken from.
 _TAIL = 10
+#: A loss that has fallen by this share of the first one shows that something is learnt.
+_LEARNT = 0.03
 
 
 class Training(Protocol):
@@ -116,9 +118,14 @@ class Fork:
         self.steps = len(self.losses)
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
-        """The less the better: finite, then the loss, then the health of the gradients."""
-        return not math.isfinite(self.loss), self.loss, self.sickness
+    def rank(self) -> tuple[bool, bool, float, int]:
+        """The less the better: finite, then learning or at least well, then the loss, then the gradients' health.
+
+        A network that is stuck at the loss of a constant is not better than one that begins above it and is well.
+        """
+        first = next((loss for loss in self.losses if math.isfinite(loss)), math.inf)
+        is_stuck = self.sickness > 0 and not self.loss < first - _LEARNT * abs(first)
+        return not math.isfinite(self.loss), is_stuck, self.loss, self.sickness
 
 
 @dataclass
