@@ -5,8 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # What the tests need besides the package; add a framework's extra here to test against it.
-EXTRAS := torch,jax,lightning,transformers,ignite,alerts,tensorboard,prometheus,remote,serve,demo,dev
+EXTRAS := torch,jax,lightning,transformers,ignite,skorch,optax,alerts,tensorboard,prometheus,remote,serve,demo,dev
 TORCH := torch==2.13.0
+# What `make test-more` adds: tools that bring many packages of their own, and the tests that need them.
+MORE := wandb,mlflow,fastai,flax
 # Sets of tools that the overhead is compared with.
 PEERS := peers composer cockpit
 # Each backend of Keras is tested in processes of its own.
@@ -17,10 +19,11 @@ TENSORFLOW := tensorflow-cpu
 # The stamp's name carries what the environment was built from, so that a change builds it again and nothing else does.
 READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt Makefile | cksum | cut -d' ' -f1)
 READY_DOCS := $(READY)-docs
+READY_MORE := $(READY)-more
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras test-cuda notebooks lint format docs bench lock clean
+.PHONY: help setup demo test test-keras test-more test-cuda notebooks lint format docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +35,9 @@ demo: $(READY) ## Train on MNIST three times (healthy, sick, healed) and write a
 
 test: $(READY) test-keras notebooks ## Run the tests (ARGS="-k name" to choose, WORKERS=0 for one process)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-more: $(READY_MORE) ## Run the tests that need Weights & Biases, MLflow, fastai or Flax, which the others leave out
+	GRADWATCH_TEST_EXTRAS=$(MORE) $(BIN)/python -m pytest tests/sinks tests/integrations $(ARGS)
 
 test-keras: $(READY) $(KERAS_BACKENDS:%=test-keras-%)
 
@@ -84,6 +90,10 @@ $(READY): | $(BIN)/python
 
 $(READY_DOCS): $(READY)
 	$(PIP) --editable ".[docs]"
+	@touch $@
+
+$(READY_MORE): $(READY)
+	$(PIP) --editable ".[$(MORE)]"
 	@touch $@
 
 $(BIN)/python:

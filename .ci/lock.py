@@ -14,8 +14,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-# wandb and mlflow are missing: their pins on shared packages do not go together with the rest.
-EXTRAS = "torch,jax,lightning,transformers,ignite,tensorboard,alerts,prometheus,remote,serve,demo,bench,dev,docs"
+EXTRAS = (
+    "torch,jax,lightning,transformers,ignite,skorch,fastai,optax,flax,"
+    "wandb,mlflow,tensorboard,alerts,prometheus,remote,serve,demo,bench,dev,docs"
+)
 HEADER = "# Versions that the tests run with. Written by `make lock`; edit pyproject.toml instead.\n"
 
 

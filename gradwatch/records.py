@@ -14,6 +14,8 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from gradwatch.json_types import from_json, to_json
+
 FORMAT_VERSION = 1
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -260,12 +262,12 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types."""
-        return {key: _to_json(value) for key, value in dataclasses.asdict(self).items()}
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; keys of later versions are passed over."""
-        return _from_json(cls, data)
+        return from_json(cls, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,12 +302,12 @@ class ActionRecord:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types."""
-        return {key: _to_json(value) for key, value in dataclasses.asdict(self).items()}
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; keys of later versions are passed over."""
-        return _from_json(cls, data)
+        return from_json(cls, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,36 +352,10 @@ class RunInfo:
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of JSON types."""
-        return {key: _to_json(value) for key, value in dataclasses.asdict(self).items()}
+        return to_json(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; keys of later versions are passed over."""
-        parameters = tuple(_from_json(Parameter, p) for p in data.get("parameters", ()))
-        return _from_json(cls, {**data, "parameters": parameters})
-
-
-def _to_json(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null, "inf" and "-inf"."""
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_to_json(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        number = float(value)
-        return number if math.isfinite(number) else None if math.isnan(number) else str(number)
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _from_json(cls: type[T], data: Mapping[str, Any]) -> T:
-    """Build the dataclass `cls` from JSON: lists become tuples, null becomes NaN in float fields, unknown keys go."""
-    values = {}
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.name in data:
-            value = data[f.name]
-            if isinstance(value, list):
-                value = tuple(value)
-            elif f.type == "float":
-                value = math.nan if value is None else float(value)
-            values[f.name] = value
-    return cls(**values)
+        parameters = tuple(from_json(Parameter, p) for p in data.get("parameters", ()))
+        return from_json(cls, {**data, "parameters": parameters})

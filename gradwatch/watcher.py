@@ -150,7 +150,8 @@ class Watcher:
             ConfigurationError: When an array has the wrong shape.
         """
         self._require_open()
-        norms = np.asarray(grad_norm, np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 is infinite
+            norms = np.asarray(grad_norm, np.float32)
         if norms.shape != (len(self._parameters),):
             raise ConfigurationError.of("grad_norm", f"of shape ({len(self._parameters)},)", norms.shape)
         if stage not in STAGES:

@@ -26,7 +26,14 @@ import pytest
 pytest_plugins = ("tests.extras",)
 
 #: What GRADWATCH_TEST_FRAMEWORKS may name, and the package that must then be there.
-FRAMEWORKS = {"torch": "torch", "lightning": "lightning", "transformers": "transformers", "ignite": "ignite"}
+FRAMEWORKS = {
+    "torch": "torch",
+    "lightning": "lightning",
+    "transformers": "transformers",
+    "ignite": "ignite",
+    "skorch": "skorch",
+    "optax": "optax",
+}
 #: Where the distribution has another name than the package.
 DISTRIBUTIONS = {"ignite": "pytorch-ignite"}
 

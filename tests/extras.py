@@ -21,6 +21,10 @@ EXTRAS = {
     "prometheus": ("prometheus_client",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
+    "remote": ("fsspec",),
+    "dev": ("duckdb", "polars"),
+    "fastai": ("fastai",),
+    "flax": ("flax", "optax"),
 }
 #: Server to its program.
 SERVERS = {"prometheus": "prometheus"}

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,11 @@ NEEDS = {
     "lightning": ("lightning.py",),
     "transformers": ("transformers.py", "accelerate.py"),
     "ignite": ("ignite.py",),
+    "skorch": ("skorch.py",),
+    "optax": ("optax*.py", "jax*.py"),
 }
+#: The same for the extras of `tests/extras.py`.
+NEEDS_EXTRA = {"fastai": ("integrations/fastai.py",)}
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 
@@ -29,8 +34,13 @@ FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main_
 def parameter(path: Path) -> object:
     """The file as a test parameter that belongs to the frameworks it needs."""
     relative = path.relative_to(PACKAGE)
-    needed = [name for name, patterns in NEEDS.items() if any(relative.match(pattern) for pattern in patterns)]
-    return pytest.param(path, marks=[pytest.mark.framework(name) for name in needed], id=relative.as_posix())
+
+    def needed(table: Mapping[str, tuple[str, ...]]) -> list[str]:
+        return [name for name, patterns in table.items() if any(relative.match(pattern) for pattern in patterns)]
+
+    marks = [pytest.mark.framework(name) for name in needed(NEEDS)]
+    marks += [pytest.mark.needs(name) for name in needed(NEEDS_EXTRA)]
+    return pytest.param(path, marks=marks, id=relative.as_posix())
 
 
 @pytest.fixture(params=[parameter(path) for path in FILES])

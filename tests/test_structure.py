@@ -17,7 +17,7 @@ from tests import sizes
 #: A file imports only from rows above its own, and from its own folder. A folder stands for all its files, except for
 #: those with a row of their own.
 ROWS = (
-    ("errors",),
+    ("errors", "json_types"),
     ("records", "faults"),
     ("actions.base", "detectors.base", "remedies", "rows", "probes", "provenance", "storage"),
     ("diagnosis",),
@@ -34,7 +34,10 @@ ROWS = (
     ("__init__", "__main__"),
 )
 #: What may be imported at the top of a file that `import gradwatch` or a watcher loads.
-FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "lightning", "transformers", "accelerate", "ignite"}
+FRAMEWORKS = {
+    "torch", "tensorflow", "keras", "jax", "lightning", "transformers", "accelerate", "ignite", "skorch", "fastai",
+    "optax",
+}  # fmt: skip
 #: Declared name to the name in `import`, where they differ.
 IMPORTED_AS = {"pillow": "PIL", "pytorch_ignite": "ignite", "mlflow_skinny": "mlflow"}
 #: What a declared package was called before.

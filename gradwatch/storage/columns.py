@@ -15,6 +15,7 @@ import pyarrow as pa
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, STAGES, Ints, StepBatch
 from gradwatch.storage.arrow import plain
 from gradwatch.storage.layout import GRAD_NORM, Layout, metric_column
+from gradwatch.storage.memory import room
 from gradwatch.storage.pace import Breather
 from gradwatch.storage.stream import codes, list_values, measured, read_layout, record_batches
 
@@ -73,12 +74,12 @@ def read_columns(path: Path) -> SegmentColumns | None:
         return None
     columns = SegmentColumns(
         layout=dataclasses.replace(layout, statistics=tuple(name for name in layout.statistics if samples[name])),
-        step=np.empty(n, np.int64),
-        stage=np.empty(n, np.int8),
-        skip_reason=np.empty(n, np.int8),
-        metrics=np.empty((len(layout.metrics), n)),
+        step=room(np.int64, n),
+        stage=room(np.int8, n),
+        skip_reason=room(np.int8, n),
+        metrics=room(np.float64, len(layout.metrics), n),
         statistics={
-            name: Columns(np.empty(k, np.int64), np.empty((len(layout.names(name)), k), np.float32))
+            name: Columns(room(np.int64, k), room(np.float32, len(layout.names(name)), k))
             for name, k in samples.items()
             if k or name == GRAD_NORM
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,25 +64,6 @@ def decode_facts(data: bytes, where: str) -> Facts:
     try:
         info = RunInfo.from_json(fields)
         processes = [dict(process) for process in fields.get("processes", ())]
-        _check(info)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise RunCorruptError(f"{where} is damaged: {error}") from error
     return Facts(info, processes)
-
-
-_WORDS = ("status", "status_detail", "framework", "host")
-_NUMBERS = ("started", "heartbeat", "pid", "rank", "world_size")
-
-
-def _check(info: RunInfo) -> None:
-    """Raise TypeError when a field is not of its type."""
-    wrong = [name for name in _WORDS if not isinstance(getattr(info, name), str)]
-    wrong += [name for name in _NUMBERS if not isinstance(getattr(info, name), (int, float))]
-    wrong += [name for name in ("versions", "config", "overhead") if not isinstance(getattr(info, name), Mapping)]
-    wrong += [] if info.ended is None or isinstance(info.ended, (int, float)) else ["ended"]
-    wrong += [
-        f"parameter {p.name!r}" for p in info.parameters if not isinstance(p.name, str) or not isinstance(p.layer, str)
-    ]
-    wrong += [f"module {name!r}" for name in info.modules if not isinstance(name, str)]
-    if wrong:
-        raise TypeError(f"fields of the wrong type: {', '.join(wrong)}")

@@ -65,7 +65,8 @@ class LocalFiles(Files):
     def read(self, path: str, offset: int = 0) -> bytes:
         with self._plain(path).open("rb") as file:
             file.seek(offset)
-            return file.read(_LARGEST)
+            # Not more than there is: `read` asks for the memory before it reads.
+            return file.read(max(0, min(os.fstat(file.fileno()).st_size - offset, _LARGEST)))
 
     @contextmanager
     def open(self, path: str) -> Iterator[Any]:

@@ -43,7 +43,10 @@ def encode_samples(segment: SegmentColumns) -> pa.Buffer | None:
     sampled = {name: columns for name, columns in segment.statistics.items() if name != GRAD_NORM}
     if not sampled:
         return None
-    rows = np.unique(np.concatenate([columns.rows for columns in sampled.values()]))
+    taken = np.zeros(len(segment.step), bool)
+    for columns in sampled.values():
+        taken[columns.rows] = True
+    rows = np.flatnonzero(taken)
     arrays, names = [numbers(segment.step[rows])], ["step"]
     for name, columns in sampled.items():
         arrays += _float_columns(take_rows(columns, rows))
@@ -68,9 +71,12 @@ def encode_parquet(arrays: list[pa.Array], names: list[str], *, metadata: dict[b
         fields.append(pa.field(name, array.type))
         breathe()
     schema = pa.schema(fields)
+    breathe()
     table = pa.Table.from_arrays(arrays, schema=schema)
+    breathe()
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, schema, **PARQUET) as writer:
+        breathe()
         writer.write_table(table, row_group_size=max(1, table.num_rows))
         writer.add_key_value_metadata(metadata)
     return sink.getvalue()

@@ -16,13 +16,14 @@ from gradwatch.records import FORMAT_VERSION, Ints
 from gradwatch.storage.arrow import absent, numbers, plain, text
 from gradwatch.storage.columns import Columns
 from gradwatch.storage.layout import METADATA_KEY
+from gradwatch.storage.memory import room
 from gradwatch.storage.pace import Breather
 from gradwatch.storage.parquet import PARQUET
 from gradwatch.storage.rollups import LEAST_SAMPLES, Array, Rollup, coarser, roll_up
 from gradwatch.storage.stream import DAMAGE
 
 #: How many values are rolled up at a time.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 15
 #: Mantissa bits that are kept of a mean: a relative error of 1.2e-4, for a quarter of the bytes.
 _MEAN_BITS = 12
 _FLOATS = ("minimum", "maximum", "mean")
@@ -44,56 +45,81 @@ def roll_up_columns(statistic: str, names: Sequence[str], columns: Columns, step
     if not len(taken) or not len(names):
         return []
     resolution = 10
-    while (bins := len(np.unique(taken // resolution))) > 1 and len(taken) < LEAST_SAMPLES * bins:
+    while (bins := len(_starts(taken, resolution))) > 1 and len(taken) < LEAST_SAMPLES * bins:
         resolution *= 10
-    finest = roll_up_in_blocks(columns.values, taken, resolution, statistic=statistic, names=names)
-    found = [finest]
-    while len(found[-1]) > 1:
-        found.append(coarser(found[-1], found[-1].resolution * 10))
-    return found
+    resolutions = [resolution]
+    while len(_starts(taken, resolutions[-1])) > 1:
+        resolutions.append(resolutions[-1] * 10)
+    return roll_up_in_blocks(columns.values, taken, resolutions, statistic=statistic, names=names)
 
 
 def roll_up_in_blocks(
-    columns: npt.NDArray[Any], steps: Ints, resolution: int, *, statistic: str, names: Sequence[str]
-) -> Rollup:
-    """As `roll_up`, for columns of shape (c, k), in little memory and letting the interpreter go now and then."""
+    columns: npt.NDArray[Any], steps: Ints, resolutions: Sequence[int], *, statistic: str, names: Sequence[str]
+) -> list[Rollup]:
+    """As `roll_up`, for columns of shape (c, k), in little memory and letting the interpreter go now and then.
+
+    Each resolution is a multiple of the one before.
+    """
     breathe = Breather()
     width = max(1, _BLOCK // max(1, len(steps)))
-    parts = []
+    found = [_blank(statistic, resolution, names, _starts(steps, resolution)) for resolution in resolutions]
     for low in range(0, len(names), width):
-        part = names[low : low + width]
-        parts.append(roll_up(columns[low : low + width].T, steps, resolution, statistic=statistic, names=part))
-        breathe()
-    joined = {f: np.concatenate([getattr(part, f) for part in parts], axis=1) for f in (*_COUNTS, *_FLOATS)}
-    return Rollup(statistic, resolution, tuple(names), parts[0].start, **joined)
+        block = slice(low, low + width)
+        part = roll_up(columns[block].T, steps, resolutions[0], statistic=statistic, names=names[block])
+        for rollup in found:
+            part = coarser(part, rollup.resolution)
+            for field in (*_COUNTS, *_FLOATS):
+                getattr(rollup, field)[:, block] = getattr(part, field)
+            breathe()
+    return found
+
+
+def _starts(steps: Ints, resolution: int) -> Ints:
+    """The first step of each bin that has one of the ascending steps."""
+    bins = steps // resolution
+    return bins[np.flatnonzero(np.diff(bins, prepend=-1))] * resolution
+
+
+def _blank(statistic: str, resolution: int, names: Sequence[str], starts: Ints) -> Rollup:
+    """A rollup to be filled in, whose columns are contiguous, as they are written."""
+    counts = {field: room(np.int64, len(names), len(starts)).T for field in _COUNTS}
+    floats = {field: room(np.float64, len(names), len(starts)).T for field in _FLOATS}
+    return Rollup(statistic, resolution, tuple(names), starts, **counts, **floats)
 
 
 def encode_rollups(rollups: Sequence[Rollup], *, last_step: int) -> pa.Buffer:
     """The file, from rollups of any statistics and resolutions; `last_step` is the last that they cover."""
+    breathe = Breather()
     sink = pa.BufferOutputStream()
     resolutions = sorted({rollup.resolution for rollup in rollups})
     with pq.ParquetWriter(sink, _SCHEMA, **PARQUET) as writer:
         for resolution in resolutions:
-            tables = [_table(rollup) for rollup in rollups if rollup.resolution == resolution]
+            tables = []
+            for rollup in rollups:
+                if rollup.resolution == resolution:
+                    tables.append(_table(rollup))
+                    breathe()
             table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
             writer.write_table(table, row_group_size=table.num_rows)
-        facts = {"format_version": FORMAT_VERSION, "last_step": last_step}
+        facts = {"format_version": FORMAT_VERSION, "last_step": last_step, "resolutions": resolutions}
         writer.add_key_value_metadata({METADATA_KEY: json.dumps(facts)})
     return sink.getvalue()
 
 
 def _table(rollup: Rollup) -> pa.Table:
-    bins, columns = len(rollup), len(rollup.names)
-    rows = bins * columns
+    shape = len(rollup.names), len(rollup)
+    rows = shape[0] * shape[1]
+    name, start = room(np.int32, *shape), room(np.int64, *shape)
+    name[:], start[:] = np.arange(shape[0])[:, None], rollup.start
+    resolution = room(np.int64, rows)
+    resolution[:] = rollup.resolution
     arrays = [
-        numbers(np.full(rows, rollup.resolution)),
-        pa.DictionaryArray.from_arrays(numbers(np.zeros(rows, np.int32)), text([rollup.statistic])),
-        pa.DictionaryArray.from_arrays(
-            numbers(np.repeat(np.arange(columns, dtype=np.int32), bins)), text(rollup.names)
-        ),
-        numbers(np.tile(rollup.start, columns)),
-        *(numbers(getattr(rollup, name).T.ravel()) for name in _COUNTS),
-        *(_floats(_rounded(rollup.mean) if name == "mean" else getattr(rollup, name)) for name in _FLOATS),
+        numbers(resolution),
+        pa.DictionaryArray.from_arrays(numbers(room(np.int32, rows)), text([rollup.statistic])),
+        pa.DictionaryArray.from_arrays(numbers(name.ravel()), text(rollup.names)),
+        numbers(start.ravel()),
+        *(numbers(getattr(rollup, field).T.ravel()) for field in _COUNTS),
+        *(_floats(_rounded(rollup.mean) if field == "mean" else getattr(rollup, field)) for field in _FLOATS),
     ]
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
 
@@ -109,8 +135,14 @@ def _floats_back(column: pa.ChunkedArray) -> Array:
 
 def _rounded(values: Array) -> Array:
     """To `_MEAN_BITS` bits of mantissa, which zstd makes use of."""
-    mantissa, exponent = np.frexp(values)
-    return np.ldexp(np.round(mantissa * (1 << _MEAN_BITS)) / (1 << _MEAN_BITS), exponent)
+    found: Array
+    found, exponent = room(np.float64, *values.T.shape).T, room(np.int32, *values.T.shape).T
+    np.frexp(values, out=(found, exponent))
+    found *= 1 << _MEAN_BITS
+    np.rint(found, out=found)
+    found /= 1 << _MEAN_BITS
+    np.ldexp(found, exponent, out=found)
+    return found
 
 
 def decode_rollup(
@@ -130,10 +162,10 @@ def decode_rollup(
     """
     try:
         with pq.ParquetFile(source, page_checksum_verification=True, read_dictionary=["statistic", "name"]) as file:
-            last = int(json.loads(file.metadata.metadata[METADATA_KEY])["last_step"])
-            if limit is not None and last >= limit:
+            facts = json.loads(file.metadata.metadata[METADATA_KEY])
+            if limit is not None and int(facts["last_step"]) >= limit:
                 return None
-            groups = _row_groups(file)
+            groups = _row_groups(file, facts)
             for found in sorted((r for r in groups if resolution % r == 0), reverse=True):
                 rollup = _select(file.read_row_group(groups[found]), statistic, found)
                 if rollup is not None:
@@ -143,15 +175,15 @@ def decode_rollup(
         raise RunCorruptError(f"{where} is damaged: {error}") from error
 
 
-def _row_groups(file: pq.ParquetFile) -> Mapping[int, int]:
-    """Resolution to the place of its row group."""
-    found = {}
-    for i in range(file.num_row_groups):
-        statistics = file.metadata.row_group(i).column(0).statistics
-        if statistics is None or statistics.min != statistics.max or statistics.min < 1:
-            raise ValueError("a row group without its resolution")
-        found[int(statistics.min)] = i
-    return found
+def _row_groups(file: pq.ParquetFile, facts: Mapping[str, Any]) -> Mapping[int, int]:
+    """Resolution to the place of its row group.
+
+    Not from the statistics in the footer: where that is damaged, asking pyarrow for them ends the process.
+    """
+    resolutions = [int(resolution) for resolution in facts["resolutions"]]
+    if len(resolutions) != file.num_row_groups or min(resolutions, default=1) < 1:
+        raise ValueError("other row groups than it says")
+    return {resolution: i for i, resolution in enumerate(resolutions)}
 
 
 def _select(table: pa.Table, statistic: str, resolution: int) -> Rollup | None:

@@ -150,7 +150,7 @@ def _computed(segment: Segment, rows: slice, names: Sequence[str], *, statistic:
         step, values = segment.step[samples.rows[low:high]], samples.values[low:high].T
     if not len(step):
         return empty(statistic, resolution, names)
-    return roll_up_in_blocks(values, step, resolution, statistic=statistic, names=known)
+    return roll_up_in_blocks(values, step, [resolution], statistic=statistic, names=known)[0]
 
 
 def _clipped(rollup: Rollup, steps: slice) -> Rollup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,38 @@ def train(run_dir: Path, *, accumulate: int = 1, max_norm: float | None = None, 
                 watcher.log(loss=loss)
                 optimizer.zero_grad()
     return net
+
+
+class Poisoned(nn.Module):
+    """The model, whose output is NaN at one of its calls."""
+
+    def __init__(self, bad: int = 5) -> None:
+        super().__init__()
+        self.net, self.bad, self.calls = model(), bad, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One call."""
+        self.calls += 1
+        output: Tensor = self.net(x)
+        return output * math.nan if self.calls - 1 == self.bad else output
+
+
+def was_decayed(run_dir: Path, rate: float) -> bool:
+    """Whether a `DecayLR` was the first remedy, the rates in the record stayed the user's, and the updates shrank."""
+    run = gw.load(run_dir)
+    metrics, sampled = run.metrics(), run.statistic("update_ratio").dropna().index
+    name = run.grad_norms().columns[0]
+    change = run.statistic("update_ratio")[name] * run.statistic("weight_norm")[name] / run.grad_norms()[name]
+    sane = [step for step in sampled if metrics["loss"][step] < 1e3 and np.isfinite(change[step])]
+    np.testing.assert_allclose(change[sane], rate * metrics["lr_factor"][sane], rtol=1e-3)
+    np.testing.assert_allclose(metrics["lr"], rate)
+    return run.action_list()[0].action == "DecayLR" and bool(metrics["lr_factor"].min() <= 0.5)
+
+
+def skipped(run_dir: Path) -> list[int]:
+    """The steps that were skipped."""
+    metrics = gw.load(run_dir).metrics()
+    return list(metrics.index[metrics["skipped"] > 0])
 
 
 def norms(run_dir: Path) -> npt.NDArray[np.float32]:

@@ -123,6 +123,16 @@ def test_a_poisoned_batch_is_skipped(tmp_path: Path) -> None:
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
 
 
+def test_the_learning_rate_is_lowered(tmp_path: Path) -> None:
+    class Fast(Regression):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net.parameters(), lr=2.0)
+
+    fit(Fast(), GradWatch(run_dir=tmp_path / "lit", actions=[gw.DecayLR()], stats_every=1), tmp_path, max_epochs=5)
+
+    assert plain.was_decayed(tmp_path / "lit", 2.0)
+
+
 def test_several_optimizers_share_a_row(tmp_path: Path) -> None:
     fit(TwoOptimizers(), GradWatch(run_dir=tmp_path / "lit"), tmp_path)
 

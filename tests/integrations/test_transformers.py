@@ -121,6 +121,21 @@ def test_a_poisoned_batch_is_skipped_and_its_loss_is_not_hidden(tmp_path: Path) 
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_clip_is_that_of_clip_grad_norm(tmp_path: Path) -> None:
+    _, model = train(tmp_path / "hf", tmp_path, settings={"actions": [gw.Clip(max_norm=0.5)]})
+    same = plain.train(tmp_path / "plain", max_norm=0.5)
+
+    for ours, theirs in zip(model.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_the_learning_rate_is_lowered_under_the_trainers_schedule(tmp_path: Path) -> None:
+    settings = {"actions": [gw.DecayLR()], "stats_every": 1}
+    train(tmp_path / "hf", tmp_path, settings=settings, learning_rate=2.0, num_train_epochs=5)
+
+    assert plain.was_decayed(tmp_path / "hf", 2.0)
+
+
 def test_stop_ends_the_training_through_the_control(tmp_path: Path) -> None:
     trainer, _ = train(
         tmp_path / "hf", tmp_path, settings={"actions": [gw.Stop()]}, learning_rate=100.0, num_train_epochs=20

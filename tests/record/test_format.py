@@ -27,26 +27,30 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunReader:
     return RunReader(write_run("run", steps=3000, parameters=4, scenario="spike"))
 
 
+@pytest.mark.needs("dev")
 def test_the_sql_reads_the_sealed_steps(run: RunReader) -> None:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
 
-    rows = duckdb.sql(snippets("sql")[0]).fetchall()
+    rows = duckdb.execute(snippets("sql")[0]).fetchall()
 
     norms = run.grad_norms()["layers.0.weight"]
     assert [row[0] for row in rows] == list(range(3000))
     np.testing.assert_array_equal(np.array([row[2] for row in rows], np.float32), norms.to_numpy())
 
 
+@pytest.mark.needs("dev")
 def test_the_sql_finds_the_worst_norm_in_the_rollups(run: RunReader) -> None:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
 
-    rows = duckdb.sql(snippets("sql")[1]).fetchall()
+    rows = duckdb.execute(snippets("sql")[1]).fetchall()
 
     assert {row[0]: np.float32(row[1]) for row in rows} == run.grad_norms().max().to_dict()
 
 
+@pytest.mark.needs("dev")
 def test_the_sql_of_a_resumed_run_takes_the_last_row_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     monkeypatch.chdir(tmp_path)
     for seed, resume in ((0, False), (1, 10)):
         store = store_at(tmp_path / "run", resume=resume)
@@ -54,13 +58,13 @@ def test_the_sql_of_a_resumed_run_takes_the_last_row_of_a_step(tmp_path: Path, m
         store.finish("finished")
         store.release()
 
-    rows = duckdb.sql(snippets("sql")[2]).fetchall()
+    rows = duckdb.execute(snippets("sql")[2]).fetchall()
 
     assert [row[1] for row in rows] == RunReader("run").metrics()["loss"].tolist()
 
 
+@pytest.mark.needs("dev")
 def test_polars_reads_the_sealed_steps(run: RunReader) -> None:
-    pytest.importorskip("polars")
     names: dict[str, Any] = {}
 
     exec(snippets("python")[1], names)  # noqa: S102 -- code of our own documentation
@@ -68,8 +72,10 @@ def test_polars_reads_the_sealed_steps(run: RunReader) -> None:
     assert names["weight"]["grad_norm/layers.0.weight"].to_list() == run.grad_norms()["layers.0.weight"].tolist()
 
 
+@pytest.mark.needs("dev")
 def test_polars_reads_the_open_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    polars = pytest.importorskip("polars")
+    import polars
+
     monkeypatch.chdir(tmp_path)
     store = store_at(tmp_path / "run")
     store.append(batch_of(range(20)))

@@ -257,8 +257,10 @@ def test_a_segment_sealed_behind_the_readers_back_is_found(run_dir: Path) -> Non
     assert len(reader.grad_norms()) == 10
 
 
+@pytest.mark.needs("remote")
 def test_a_run_behind_a_url_reads_the_same(run: RunReader) -> None:
-    fsspec = pytest.importorskip("fsspec")
+    import fsspec
+
     memory = fsspec.filesystem("memory")
     memory.put(str(run.path), "/runs/far", recursive=True)
 
@@ -270,9 +272,8 @@ def test_a_run_behind_a_url_reads_the_same(run: RunReader) -> None:
     memory.rm("/runs", recursive=True)
 
 
+@pytest.mark.needs("remote")
 def test_nothing_behind_a_url_is_not_found() -> None:
-    pytest.importorskip("fsspec")
-
     with pytest.raises(RunNotFoundError, match="memory://nowhere does not exist"):
         RunReader("memory://nowhere")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import subprocess
 import sys
 import threading
@@ -27,7 +26,7 @@ from gradwatch.sinks.heatmap import MOST_COLUMNS, Heatmap
 from gradwatch.sinks.rows import Row, Table
 from gradwatch.testing import synthetic_batches
 from gradwatch.watcher import Watcher
-from tests.extras import CHOSEN
+from tests.sinks import wandb_file
 
 PARAMETERS = (
     Parameter("conv.weight", depth=0),
@@ -98,8 +97,7 @@ def wandb(folder: Path, **settings: Any) -> Iterator[Rig]:
 
     def read() -> Series:
         run.finish()
-        [file] = folder.glob("wandb/offline-run-*/run-*.wandb")
-        return _offline_series(file)
+        return _offline_series(folder)
 
     yield Rig(sinks.WandB(run, **{"every": 1, **settings}), _prefixed, read)
     run.finish()
@@ -109,48 +107,14 @@ def _prefixed(family: str, name: str) -> str:
     return f"gradwatch/{name}" if family == "metrics" else f"gradwatch/{family}/{name}"
 
 
-def _offline_series(file: Path) -> Series:
-    from wandb.proto import wandb_internal_pb2
-
+def _offline_series(folder: Path) -> Series:
     series: Series = {}
-    for data in _records(file.read_bytes()):
-        record: Any = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in wandb_file.records(folder):
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for name, value in row.items():
             if "gradwatch/step" in row and isinstance(value, (int, float)):
                 series.setdefault(name, {})[row["gradwatch/step"]] = value
     return series
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    """The records of a W&B file, which is a log of LevelDB behind seven bytes: blocks of 32 KiB, records in pieces."""
-    block, place, record = 32768, 7, b""
-    while place + 7 <= len(data):
-        left = block - place % block
-        if left < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        record += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield record
-            record = b""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def wandbs_own_threads() -> None:
-    """W&B keeps threads for the life of the process; they start here, before the tests."""
-    if "wandb" in CHOSEN["needs"]:
-        import tempfile
-
-        import wandb as library
-
-        run: Any = library.init(mode="offline", dir=tempfile.mkdtemp(), project="test")
-        run.config.update({"a": 1})
-        run.log({"a": 1})
-        run.finish()
 
 
 MIRRORS = [pytest.param(make, marks=pytest.mark.needs(make.__name__)) for make in (tensorboard, mlflow, wandb)]
