@@ -36,7 +36,7 @@ class Settings:
         sinks: Where numbers are mirrored live: those of `gradwatch.sinks`.
         stats_every: Steps between samples of the dearer statistics (weight norm, update ratio, ...).
         activations: Sample the outputs of activation modules too (saturation, dying ReLU), by forward hooks that sit on
-            the model only during a sampled step. PyTorch; not for compiled models.
+            the model only during a sampled step, in Keras inside the step. Not for what `torch.compile` compiles.
         check_every: Steps between looks at the record; findings are the same, later by up to this many steps. At 1,
             where no between-step action, alert or sink waits for them, up to twelve steps that take less than 50 ms
             together are looked at at once; `watcher.findings` looks first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, edited, gather
+from gradwatch.backends.keras_samples import Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows, replaced
 from gradwatch.faults import Faults
 from gradwatch.records import Floats
@@ -27,17 +29,21 @@ class JaxTap(Tap):
         rule: See `Tap`.
         scales_lr: See `Tap`.
         faults: See `Tap`.
+        sampler: See `Tap`.
     """
 
     entry = "stateless_apply"
 
-    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults) -> None:
-        super().__init__(rule, scales_lr=scales_lr, faults=faults)
+    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults, sampler: Sampler | None = None) -> None:
+        super().__init__(rule, scales_lr=scales_lr, faults=faults, sampler=sampler)
         self._pending: list[Tensor] = []
-        self._factor = np.float32(1.0)
+        self._factor, self._sampling = np.float32(1.0), np.bool_(False)
         self._state: dict[int, list[Any]] = {}
+        self._sample: Tensor = None
         # While a step is traced: what it gives out, and what it was given.
         self._rows: list[Tensor] = []
+        self._gradients: Gradients | None = None
+        self._outputs: dict[int, Tensor] = {}
         self._traced_factor: Tensor = self._factor
         self._traced_state: dict[int, list[Tensor]] = {}
 
@@ -46,6 +52,12 @@ class JaxTap(Tap):
 
     def set_lr_factor(self, factor: float) -> None:
         self._factor = np.float32(factor)
+
+    def set_sampling(self, wanted: bool) -> None:
+        self._sampling = np.bool_(wanted)
+
+    def sample(self) -> Tensor:
+        return self._sample
 
     def reset(self) -> None:
         self._pending.clear()
@@ -85,12 +97,14 @@ class JaxTap(Tap):
         step, make = model.train_step, model._make_function
 
         def train_step(state: Any, packed: Any) -> Any:
-            data, self._traced_factor, traced_state = packed
+            data, self._traced_factor, traced_state, wanted = packed
             self._rows, self._traced_state = [], dict(traced_state)
+            self._gradients, self._outputs = None, {}
             logs, state = step(state, data)
             width = self.width + len(EXTRAS)
             rows = jnp.stack(self._rows) if self._rows else jnp.zeros((0, width), jnp.float32)
-            return (logs, rows, self._traced_state), state
+            sample = self.faults.call("keras sample", self._sampled, wanted, default=None)
+            return (logs, rows, self._traced_state, sample), state
 
         def make_function(function: Any, concatenate_outputs: bool = False) -> Any:
             return make(self._host(function), concatenate_outputs)
@@ -103,14 +117,53 @@ class JaxTap(Tap):
         update = getattr(model, "_update_metrics_variables", None)
         if update is None:
             return
+        measures_outputs = self.sampler is not None and bool(self.sampler.layers)
 
         def note_loss(metrics: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             # The loss is told after the optimizer was called: put it into the rows of this step.
+            if measures_outputs:
+                *metrics, self._outputs = metrics
             place = self.width + EXTRAS.index("loss")
             self._rows = [row.at[place].set(jnp.asarray(loss, row.dtype)) for row in self._rows]
             return update(metrics, loss, *args, **kwargs)
 
         yield model, "_update_metrics_variables", note_loss
+        if measures_outputs:
+            yield model, "compute_loss_and_updates", self._with_outputs(model.compute_loss_and_updates)
+
+    def _with_outputs(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Hands outputs of layers out of the function that JAX differentiates, behind the metrics."""
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            assert self.sampler is not None
+            self.sampler.outputs = {}
+            loss, (unscaled, predicted, others, metrics) = original(*args, **kwargs)
+            outputs, self.sampler.outputs = self.sampler.outputs, {}
+            return loss, (unscaled, predicted, others, [*metrics, outputs])
+
+        return compute
+
+    def _sampled(self, wanted: Tensor) -> Tensor:
+        """The vector of the step at hand where it is wanted, else one of no meaning."""
+        if self.sampler is None or self._gradients is None:
+            return None
+        sampler, gradients, sizes = self.sampler, self._gradients, self.sizes()
+        given = (gradients.tensors, self._outputs, gradients.factor)
+
+        def measured(tensors: Any, outputs: Any, factor: Any) -> Tensor:
+            return sampler.measure(dataclasses.replace(gradients, factor=factor), tensors, sizes, outputs)
+
+        def nothing(*_: Any) -> Tensor:
+            return jnp.zeros(sampler.size(len(sizes)), jnp.float32)
+
+        if isinstance(wanted, jax.core.Tracer):
+            return jax.lax.cond(wanted, measured, nothing, *given)
+        if not wanted:
+            return np.zeros(0, np.float32)
+        # What JAX runs op by op it would compile op by op.
+        tensors, outputs, factor = jax.tree.map(np.asarray, given)
+        found = dataclasses.replace(gradients, factor=factor)
+        return sampler.measure(found, tensors, sizes, outputs, xp=np)
 
     def loop_state(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
         """What a loop of the user's own hands to its next step."""
@@ -140,7 +193,8 @@ class JaxTap(Tap):
 
         def step(state: Any, data: Any) -> Any:
             state = self.before_step(state)
-            (logs, rows, self._state), state = function(state, (data, self._factor, self._state))
+            packed = (data, self._factor, self._state, self._sampling)
+            (logs, rows, self._state, self._sample), state = function(state, packed)
             self._pending.append(rows)
             del self._pending[:-_MOST_IN_FLIGHT]
             self.after_step(state, logs)
@@ -183,6 +237,7 @@ class JaxTap(Tap):
         state = self._traced_state.get(number, [])
         current, verdict, skip = self.measure(number, optimizer, gradients, state=state, lr=lr, loss=None)
         self._rows.append(current)
+        self._gradients = gradients
         if verdict is None:
             return grads, None, held, held
         self._traced_state[number] = verdict.state

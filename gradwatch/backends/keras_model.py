@@ -155,7 +155,7 @@ def _children(layer: Any) -> list[Any]:
     return direct + [child for child in getattr(layer, "_layers", ()) if id(child) not in known]
 
 
-def _activation_of(layer: Any) -> str:
+def activation_of(layer: Any) -> str:
     """The activation that a layer ends with, or is; empty for none."""
     for kind, name in _ACTIVATION_LAYERS.items():
         if isinstance(layer, kind):
@@ -169,14 +169,14 @@ def _activation_of(layer: Any) -> str:
 
 def _activation_after(layer: Any, order: Sequence[Any]) -> str:
     """The activation that follows a layer's weights, looking through normalisation and dropout."""
-    found = _activation_of(layer)
+    found = activation_of(layer)
     for _ in range(_FARTHEST):
         if found:
             break
         layer = _next(layer, order)
         if layer is None or not (isinstance(layer, _TRANSPARENT) or _is_activation(layer)):
             break
-        found = _activation_of(layer)
+        found = activation_of(layer)
     return found
 
 

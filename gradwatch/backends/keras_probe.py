@@ -10,15 +10,12 @@ import numpy as np
 
 from gradwatch.backends.keras_fill import owners_of
 from gradwatch.backends.keras_model import Columns
+from gradwatch.backends.keras_samples import RELU_FAMILY, SATURATION
 from gradwatch.backends.keras_tap import replaced
 from gradwatch.backends.keras_values import Array, Values
 from gradwatch.probes import LayerProbe
 
 Tensor = Any
-#: Outputs beyond which a bounded activation is flat: its derivative is below 1 % of the largest.
-_SATURATION = {
-    "Sigmoid": (0.0025, 0.9975), "Tanh": (-0.995, 0.995), "Hardtanh": (-0.995, 0.995), "Softsign": (-0.9, 0.9),
-}  # fmt: skip
 
 
 def probe(
@@ -63,10 +60,10 @@ def _probed(parameters: list[Any], output: Array, grad: Array | None, norms: Map
     first, values = parameters[0], output.astype(np.float64)
     found = LayerProbe(first.layer, kind=first.kind, activation=first.activation)
     found.activation_mean, found.activation_std = float(values.mean()), float(values.std())
-    if first.activation in _SATURATION:
-        low, high = _SATURATION[first.activation]
+    if first.activation in SATURATION:
+        low, high = SATURATION[first.activation]
         found.saturated_fraction = float(((values <= low) | (values >= high)).mean())
-    if first.activation in ("ReLU", "ReLU6"):
+    if first.activation in RELU_FAMILY:
         found.dead_fraction = float((values.reshape(-1, values.shape[-1]) <= 0.0).all(axis=0).mean())
     if grad is not None:
         found.output_grad_rms = float(np.sqrt(np.mean(np.square(grad.astype(np.float64)))))

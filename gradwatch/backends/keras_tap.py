@@ -15,6 +15,7 @@ import numpy as np
 
 from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_rule import EXTRAS, Gradients, Rule, Verdict, base_of, is_loss_scaled, row
+from gradwatch.backends.keras_samples import Sampler
 from gradwatch.faults import Faults
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, Floats
 
@@ -28,13 +29,14 @@ class Tap(ABC):
         rule: The in-step actions.
         scales_lr: Whether the learning rate may be scaled later; compiled in only when asked for.
         faults: Keeps failures of the measurement out of the training.
+        sampler: Measures the dearer statistics in the steps for which `set_sampling` asks; None for none.
     """
 
     #: Name of the optimizer's method that gradients pass through.
     entry: ClassVar[str] = "apply"
 
-    def __init__(self, rule: Rule, *, scales_lr: bool, faults: Faults) -> None:
-        self.rule, self.scales_lr, self.faults = rule, scales_lr, faults
+    def __init__(self, rule: Rule, *, scales_lr: bool, faults: Faults, sampler: Sampler | None = None) -> None:
+        self.rule, self.scales_lr, self.faults, self.sampler = rule, scales_lr, faults, sampler
         self.columns: Columns | None = None
         #: Called with an optimizer's number before it steps, wherever Python runs at that moment: not in a graph.
         self.on_step: Callable[[int], None] | None = None
@@ -64,6 +66,8 @@ class Tap(ABC):
         """Objects, names of their methods, and what stands in for these."""
         for number, optimizer in enumerate(optimizers):
             yield from self._replacements(number, optimizer)
+        if self.sampler is not None:
+            yield from self.sampler.replacements()
 
     def _replacements(self, number: int, optimizer: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield optimizer, self.entry, self._entry(number, optimizer, getattr(optimizer, self.entry))
@@ -83,6 +87,14 @@ class Tap(ABC):
     @abstractmethod
     def set_lr_factor(self, factor: float) -> None:
         """Change the factor from the next step on."""
+
+    @abstractmethod
+    def set_sampling(self, wanted: bool) -> None:
+        """Whether steps from now on are sampled."""
+
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """What the last sampled step measured, for `Sampler.taken_apart`; left on the device."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -120,6 +132,11 @@ class Tap(ABC):
     @abstractmethod
     def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
         """L2 norms of weights and of their changes, shape (2, n), left on the device."""
+
+    def sizes(self) -> list[int]:
+        """Number of elements of each column's variable."""
+        assert self.columns is not None
+        return [max(1, parameter.size) for parameter in self.columns.parameters]
 
     def learning_rate(self, optimizer: Any) -> Tensor | float:
         """The user's own rate, without gradwatch's factor; not measured where only a function of theirs knows it."""

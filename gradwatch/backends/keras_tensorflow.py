@@ -12,10 +12,11 @@ import numpy as np
 import tensorflow as tf
 
 from gradwatch.backends.keras_model import Columns
-from gradwatch.backends.keras_rule import EXTRAS, Verdict, base_of, edited, gather, is_loss_scaled
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, edited, gather, is_loss_scaled
+from gradwatch.backends.keras_samples import Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows
 from gradwatch.faults import Faults
-from gradwatch.records import Floats
+from gradwatch.records import NOT_MEASURED, Floats
 
 Tensor = Any
 
@@ -29,15 +30,28 @@ class TensorFlowTap(Tap):
         faults: See `Tap`.
         rows: Rows that the ring holds; more of them between two calls of `drain` are lost.
         prepare: Called in the first trace, when the model is built, if `start` was not called before.
+        sampler: See `Tap`.
     """
 
-    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults, rows: int, prepare: Callable[[], None]) -> None:
-        super().__init__(rule, scales_lr=scales_lr, faults=faults)
+    def __init__(
+        self,
+        rule: Any,
+        *,
+        scales_lr: bool,
+        faults: Faults,
+        rows: int,
+        prepare: Callable[[], None],
+        sampler: Sampler | None = None,
+    ) -> None:
+        super().__init__(rule, scales_lr=scales_lr, faults=faults, sampler=sampler)
+        self._is_sampling = False
         self._rows, self._prepare = rows, prepare
         self._strategy: Any = None
         self._ring: Any = None
         self._cursor: Any = None
         self._factor: Any = None
+        self._sampling: Any = None
+        self._sample: Any = None
         self._state: dict[int, list[Any]] = {}
         self._read = 0
         self._seen = threading.local()  # each replica is traced in a thread of its own
@@ -54,6 +68,9 @@ class TensorFlowTap(Tap):
                 self._state[number] = [self._variable(value) for value in self.rule.initial_state()]
         if self.scales_lr:
             self._factor = self._variable(np.float32(1.0), each_replica=False)
+        if self.sampler is not None:
+            self._sampling = self._variable(np.bool_(self._is_sampling), each_replica=False)
+            self._sample = self._variable(np.full(self.sampler.size(self.width), NOT_MEASURED, np.float32))
 
     def _variable(self, value: Any, *, each_replica: bool = True) -> Any:
         """A variable outside the model; each replica has its own copy and the first one is read."""
@@ -69,6 +86,15 @@ class TensorFlowTap(Tap):
     def set_lr_factor(self, factor: float) -> None:
         if self._factor is not None:
             self._factor.assign(factor)
+
+    def set_sampling(self, wanted: bool) -> None:
+        if wanted != self._is_sampling:
+            self._is_sampling = wanted
+            if self._sampling is not None:
+                self._sampling.assign(wanted)
+
+    def sample(self) -> Tensor:
+        return self._sample.read_value()
 
     def reset(self) -> None:
         if self._cursor is not None:
@@ -163,8 +189,7 @@ class TensorFlowTap(Tap):
     def _loss(self) -> Tensor | None:
         """The loss of this step, if it was seen and is not a tensor of another function's graph."""
         loss, self._seen.loss = getattr(self._seen, "loss", None), None
-        graph = None if tf.executing_eagerly() else getattr(loss, "graph", None)
-        return loss if graph is None or graph is tf.compat.v1.get_default_graph() else None
+        return loss if _is_here(loss) else None
 
     def _reduces_first(self, optimizer: Any) -> bool:
         """Whether the replicas' gradients are summed before the optimizer's entry point, instead of inside.
@@ -196,6 +221,7 @@ class TensorFlowTap(Tap):
         known, lr = [variable.read_value() for variable in state], self._rate(optimizer)
         current, verdict, skip = self.measure(number, optimizer, gradients, state=known, lr=lr, loss=loss)
         self._push(current)
+        self.faults.call("keras sample", self._sample_if_wanted, gradients, default=None)
         if verdict is None:
             return grads, None, None
         for variable, value in zip(state, verdict.state, strict=True):
@@ -204,6 +230,20 @@ class TensorFlowTap(Tap):
             return grads, None, None
         new = edited(grads, gradients, verdict, weights=variables, hands=self)
         return new, skip, self._emptier(optimizer, gradients, verdict)
+
+    def _sample_if_wanted(self, gradients: Gradients) -> None:
+        if self.sampler is None:
+            return
+        sampler, sizes = self.sampler, self.sizes()
+        outputs, sampler.outputs = {k: v for k, v in sampler.outputs.items() if _is_here(v)}, {}
+
+        def measured() -> Tensor:
+            new = sampler.measure(gradients, [_values(grad) for grad in gradients.tensors], sizes, outputs)
+            # Optimizers that take turns add to each other's.
+            self._sample.assign(tf.where(new == NOT_MEASURED, self._sample.read_value(), new))
+            return tf.constant(0)
+
+        tf.cond(self._sampling, measured, lambda: tf.constant(0))
 
     def _rate(self, optimizer: Any) -> Tensor:
         rate = self.learning_rate(optimizer)
@@ -255,6 +295,12 @@ def _apply_across(strategy: Any, skip: Tensor, original: Any, grads: Any, variab
     each = strategy.extended.call_for_each_replica
     one = strategy.experimental_local_results(skip)[0]
     return tf.cond(one, lambda: tf.constant(0), lambda: _done(each(original, args=(grads, variables))))
+
+
+def _is_here(tensor: Any) -> bool:
+    """Whether a tensor is a value, or belongs to the graph that is being traced."""
+    graph = None if tf.executing_eagerly() else getattr(tensor, "graph", None)
+    return graph is None or graph is tf.compat.v1.get_default_graph()
 
 
 def _done(result: Any) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gradwatch.backends.keras_rule import base_of, edited, gather, is_loss_scaled
+from gradwatch.backends.keras_samples import Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows
 from gradwatch.backends.torch_norms import CpuNorms, values
 from gradwatch.faults import Faults
@@ -24,10 +25,12 @@ class TorchTap(Tap):
         rule: See `Tap`.
         scales_lr: See `Tap`.
         faults: See `Tap`.
+        sampler: See `Tap`.
     """
 
-    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults) -> None:
-        super().__init__(rule, scales_lr=scales_lr, faults=faults)
+    def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults, sampler: Sampler | None = None) -> None:
+        super().__init__(rule, scales_lr=scales_lr, faults=faults, sampler=sampler)
+        self._sampling, self._sample = False, torch.zeros(0)
         self._pending: list[Tensor] = []
         self._state: dict[int, list[Tensor]] = {}
         self._plans: dict[Any, CpuNorms] = {}
@@ -40,6 +43,12 @@ class TorchTap(Tap):
 
     def set_lr_factor(self, factor: float) -> None:
         self._factor.fill_(factor)
+
+    def set_sampling(self, wanted: bool) -> None:
+        self._sampling = wanted
+
+    def sample(self) -> Tensor:
+        return self._sample
 
     def reset(self) -> None:
         self._pending.clear()
@@ -118,6 +127,10 @@ class TorchTap(Tap):
     ) -> tuple[list[Tensor | None], bool]:
         assert self.columns is not None
         gradients = gather(optimizer, grads, variables, self.columns.of, value_of=_value)
+        if self.sampler is not None:
+            outputs, self.sampler.outputs = self.sampler.outputs, {}
+            if self._sampling:
+                self._sample = self.sampler.measure(gradients, gradients.tensors, self.sizes(), outputs)
         loss, self._loss = self._loss, None
         state = self._state.get(number)
         if state is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -16,7 +15,7 @@ from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
 from gradwatch.backends.keras_rule import base_of
 from gradwatch.errors import ModelError
 from gradwatch.integrations.keras_instrument import Instrument
-from gradwatch.integrations.keras_watcher import Call, KerasWatcher
+from gradwatch.integrations.keras_watcher import Call, KerasWatcher, Statistics
 from gradwatch.records import NOT_MEASURED, Floats
 from gradwatch.settings import Settings
 
@@ -40,12 +39,13 @@ class Session:
         self.watcher: KerasWatcher | None = None
         self.epoch, self.batch, self.calls = 0, 0, 0
         self._before_sample: Any = None
+        self._sampled = False
         self._history, self._read_at = getattr(model, "history", None), 0.0
         self._call: Call | None = None
         _refuse(model)
         self.plain = _unwrapped(model)
         policy = Policy(settings.actions, dry_run=settings.dry_run)
-        self.instrument = Instrument.of(model, self.plain, policy)
+        self.instrument = Instrument.of(model, self.plain, policy, activations=settings.activations)
         self.instrument.on_ready = self.open
         self.actions: KerasActions | None = None
         if self.instrument.tap.columns is not None or model.built:
@@ -61,7 +61,7 @@ class Session:
         tap = self.instrument.tap
         if self.watcher is None and tap.columns is not None:
             given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
-            self.watcher = KerasWatcher(tap.columns, **given)
+            self.watcher = KerasWatcher(tap.columns, modules=self.instrument.sampler.modules, **given)
             self.watcher.micro_steps = _micro_steps(self.model)
             self.actions = KerasActions(
                 self.model,
@@ -112,15 +112,17 @@ class Session:
         if watcher.decides_between_steps and self.actions is not None:
             self.actions.watch_over(watcher.coming_step, state, is_well=watcher.is_well)
         self._call = watcher.began(epoch=self.epoch, batch=self.batch)
-        self._before_sample = self._copies(state) if self._is_sampled() else None
+        self._sampled = self._is_sampled()
+        self.instrument.tap.set_sampling(self._sampled)
+        single = self._is_jax or getattr(self.model, "steps_per_execution", 1) == 1
+        self._before_sample = self._copies(state) if self._sampled and single else None
         return state
 
     def _is_sampled(self) -> bool:
-        """Whether this call makes one update, and the dearer statistics are due."""
+        """Whether the dearer statistics are due in this call."""
         assert self.watcher is not None
         micro = self.watcher.micro_steps
-        single = self._is_jax or getattr(self.model, "steps_per_execution", 1) == 1
-        return single and self.calls % (self.settings.stats_every * micro) == micro - 1
+        return self.calls % (self.settings.stats_every * micro) == micro - 1
 
     def _trained(self, state: Any) -> tuple[list[Any], list[Any]]:
         """The variables in training and their values."""
@@ -130,17 +132,26 @@ class Session:
     def _copies(self, state: Any) -> Any:
         return self.instrument.tap.copies(self._trained(state)[1])
 
-    def _changes(self, before: Any, state: Any) -> Callable[[], tuple[Floats, Floats]]:
+    def _changes(self, before: Any, state: Any) -> Statistics:
+        """Norms of weights, and of their changes over these."""
         tap, (variables, now) = self.instrument.tap, self._trained(state)
         found = tap.changes(before, now)
 
-        def read() -> tuple[Floats, Floats]:
+        def read() -> dict[str, Floats]:
             norms, values = np.full((2, tap.width), NOT_MEASURED, np.float32), np.asarray(found)
             for place, variable in enumerate(variables):
                 norms[:, tap.column_of(variable)] = values[:, place]
-            return norms[0], norms[1]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = np.where(norms[0] > 0, norms[1] / norms[0], np.float32(NOT_MEASURED))
+            return {"weight_norm": norms[0], "update_ratio": ratio}
 
         return read
+
+    def _sample(self) -> Statistics:
+        """What was measured inside the step."""
+        tap, sampler = self.instrument.tap, self.instrument.sampler
+        found = tap.sample()
+        return lambda: sampler.taken_apart(np.asarray(found), tap.width)
 
     def _act(self, due: Due, state: Any) -> Any:
         """Apply an action and record it; on JAX to the state of the training, which is returned."""
@@ -182,9 +193,11 @@ class Session:
         if watcher is not None:
             started = time.perf_counter()
             call = self._call or watcher.began(epoch=self.epoch, batch=self.batch)
+            if self._sampled:
+                call.statistics.append(watcher.faults.call("keras sample", self._sample, default=dict))
             if self._before_sample is not None:
                 before, self._before_sample = self._before_sample, None
-                call.changes = watcher.faults.call("keras sample", self._changes, before, state, default=None)
+                call.statistics.append(watcher.faults.call("keras sample", self._changes, before, state, default=dict))
             watcher.faults.call("keras host", watcher.ran, call, logs, default=None)
             watcher.note_cost(time.perf_counter() - started)
         self._call = None

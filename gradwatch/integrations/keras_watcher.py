@@ -23,6 +23,9 @@ from gradwatch.records import NOT_MEASURED, Floats, RunInfo
 from gradwatch.rows import Rows
 from gradwatch.watcher import Watcher, number
 
+#: Reads what was sampled from the device; only when it is taken does anybody wait for it.
+Statistics = Callable[[], dict[str, Floats]]
+
 _OPTIMIZER, _LR, _LOSS, _COEFFICIENT, _SKIP, _IS_UPDATE = range(len(EXTRAS))
 
 
@@ -41,7 +44,7 @@ class Call:
         lr_factor: gradwatch's factor on the learning rate.
         ended: Unix time.
         logs: What the train function returned; scalars of the framework, not yet read.
-        changes: Gives norms of weights and of their changes, each of shape (p,); None when not sampled.
+        statistics: Each gives what was sampled, by name of the statistic.
     """
 
     started: float
@@ -50,7 +53,7 @@ class Call:
     lr_factor: float
     ended: float = 0.0
     logs: Mapping[str, Any] = field(default_factory=dict)
-    changes: Callable[[], tuple[Floats, Floats]] | None = None
+    statistics: list[Statistics] = field(default_factory=list)
 
 
 @dataclass
@@ -68,10 +71,11 @@ class KerasWatcher(Watcher):
 
     Args:
         columns: The variables to train.
+        modules: Names of the layers whose outputs are sampled.
         settings: Keyword arguments of `gradwatch.settings.Settings`.
     """
 
-    def __init__(self, columns: Columns, **settings: Any) -> None:
+    def __init__(self, columns: Columns, *, modules: Sequence[str] = (), **settings: Any) -> None:
         self._columns = columns
         self._calls: deque[Call] = deque()
         self._pending: list[_Row] = []
@@ -81,11 +85,12 @@ class KerasWatcher(Watcher):
         self._taken_at = time.time()
         self.on_close: Callable[[str, str], object] | None = None
         settings["record"] = settings.get("record", True) and columns.is_chief
-        super().__init__(columns.parameters, framework="keras", **settings)
+        super().__init__(columns.parameters, framework="keras", modules=modules, **settings)
 
     def _new_rows(self) -> None:
         self._is_waiting = True  # `settle` says when it is time to look
-        self._rows = Rows(self._parameters, capacity=max(ROWS_TOGETHER, self.settings.check_every))
+        capacity = max(ROWS_TOGETHER, self.settings.check_every)
+        self._rows = Rows(self._parameters, modules=self._modules, capacity=capacity)
 
     @property
     def decides_between_steps(self) -> bool:
@@ -190,11 +195,8 @@ class KerasWatcher(Watcher):
             return
         for name, value in call.logs.items():
             rows[-1].metrics.setdefault(name, _scalar(value))
-        if call.changes is not None:
-            weight_norm, change = call.changes()
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.where(weight_norm > 0, change / weight_norm, np.float32(NOT_MEASURED))
-            rows[-1].statistics = {"weight_norm": weight_norm, "update_ratio": ratio}
+        for read in call.statistics:
+            rows[-1].statistics |= read()
 
     def epoch_ended(self, logs: Mapping[str, Any]) -> None:
         """Validation metrics belong to the newest step."""
