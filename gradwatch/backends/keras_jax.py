@@ -37,7 +37,8 @@ class JaxTap(Tap):
     def __init__(self, rule: Any, *, scales_lr: bool, faults: Faults, sampler: Sampler | None = None) -> None:
         super().__init__(rule, scales_lr=scales_lr, faults=faults, sampler=sampler)
         self._pending: list[Tensor] = []
-        self._factor, self._sampling = np.float32(1.0), np.bool_(False)
+        self._factor = np.float32(1.0)
+        self._sampling: Any = np.bool_(False)
         self._state: dict[int, list[Any]] = {}
         self._sample: Tensor = None
         # While a step is traced: what it gives out, and what it was given.

@@ -194,10 +194,12 @@ class Session:
             started = time.perf_counter()
             call = self._call or watcher.began(epoch=self.epoch, batch=self.batch)
             if self._sampled:
-                call.statistics.append(watcher.faults.call("keras sample", self._sample, default=dict))
+                call.statistics.append(watcher.faults.call("keras sample", self._sample, default=_nothing))
             if self._before_sample is not None:
                 before, self._before_sample = self._before_sample, None
-                call.statistics.append(watcher.faults.call("keras sample", self._changes, before, state, default=dict))
+                call.statistics.append(
+                    watcher.faults.call("keras sample", self._changes, before, state, default=_nothing)
+                )
             watcher.faults.call("keras host", watcher.ran, call, logs, default=None)
             watcher.note_cost(time.perf_counter() - started)
         self._call = None
@@ -227,6 +229,11 @@ class Session:
         if self.actions is not None:
             self.actions.close()
         return state
+
+
+def _nothing() -> dict[str, Floats]:
+    """What a sample that failed holds."""
+    return {}
 
 
 def _micro_steps(model: keras.Model) -> int:

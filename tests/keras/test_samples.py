@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from gradwatch.reader import RunReader
 from tests.keras.training import BACKEND, batches, data, dense, difference, fit, gradients
 
 layers = keras.layers
+EXTREMES: dict[str, Callable[[Any], Any]] = {
+    "grad_max": lambda grad: np.max(np.abs(grad)),
+    "zero_fraction": lambda grad: np.mean(grad == 0),
+    "nonfinite_count": lambda grad: np.sum(~np.isfinite(grad)),
+}
 
 
 def sampled(run_dir: Path, name: str) -> Any:
@@ -43,11 +49,7 @@ def test_extremes_of_gradients_are_sampled(tmp_path: Path, *, jit: bool) -> None
         model.train_on_batch(*one)
     fit(_mixed(jit_compile=jit), x, y, GradWatch(run_dir=tmp_path / "run", stats_every=2), epochs=1)
     assert sampled(tmp_path / "run", "grad_max").index.tolist() == [0, 2]
-    for name, of in {
-        "grad_max": lambda grad: np.max(np.abs(grad)),
-        "zero_fraction": lambda grad: np.mean(grad == 0),
-        "nonfinite_count": lambda grad: np.sum(~np.isfinite(grad)),
-    }.items():
+    for name, of in EXTREMES.items():
         found = sampled(tmp_path / "run", name).to_numpy()
         expected = [[of(grad) for grad in references[step]] for step in (0, 2)]
         assert found == pytest.approx(np.array(expected), rel=1e-5), name
