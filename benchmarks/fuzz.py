@@ -67,8 +67,8 @@ def small_run(path: Path) -> None:
 
 
 def _rows(first: int, stop: int) -> StepBatch:
-    settings = {"parameters": PARAMETERS, "statistics": ["weight_norm"], "first_step": first}
-    batch = next(synthetic_batches(steps=stop - first, **settings))
+    steps, names = stop - first, ["weight_norm"]
+    batch = next(synthetic_batches(steps=steps, parameters=PARAMETERS, statistics=names, first_step=first))
     rows = batch.statistics["weight_norm"].rows
     sampled = {**batch.statistics, "activation_mean": Samples(rows, np.ones((len(rows), 2), np.float32))}
     return dataclasses.replace(batch, statistics=sampled, modules=MODULES)

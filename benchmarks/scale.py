@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def local_norms(layout: Layout, ranks: int, rng: np.random.Generator) -> tuple[A
     return whole, (whole * first).astype(np.float32), others
 
 
+def _packed(norms: Any) -> Any:
+    return np.square(norms.astype(np.float64))
+
+
+def _unpacked(sums: Any) -> Any:
+    return np.sqrt(sums).astype(np.float32)
+
+
 def replay(layout: Layout, ranks: int, exchanges: int) -> tuple[dict[str, float], float]:
     """Processor microseconds per step by part, and the largest relative error of a recorded norm."""
     clock, rng, worst = Clock(), np.random.default_rng(0), 0.0
@@ -121,9 +130,9 @@ def replay(layout: Layout, ranks: int, exchanges: int) -> tuple[dict[str, float]
         watcher = gw.Watcher(described(layout.parameters), run_dir=Path(folder) / "run", flush_every=layout.every)
         for exchange in range(exchanges):
             whole, mine, others = local_norms(layout, ranks, rng)
-            sums = clock.time("pack", lambda mine=mine: np.square(mine.astype(np.float64)))
+            sums = clock.time("pack", partial(_packed, mine))
             total = sums + others  # the collective
-            norms = clock.time("unpack", lambda total=total: np.sqrt(total).astype(np.float32))
+            norms = clock.time("unpack", partial(_unpacked, total))
             worst = max(worst, float(np.max(np.abs(norms - whole) / whole)))
             loss = 2.0 / (1 + exchange)
 

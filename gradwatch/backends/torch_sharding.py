@@ -35,11 +35,6 @@ def local(tensors: Sequence[Any]) -> list[Any]:
     return [tensor._local_tensor if type(tensor) is kind else tensor for tensor in tensors]
 
 
-def is_partial(tensor: Any) -> bool:
-    """Whether the ranks hold terms of a sum that nobody has added up yet, as behind `SequenceParallel` layers."""
-    return is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A scalar as a plain tensor: that of a DTensor is added up over its ranks, where it is not yet."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
