@@ -70,7 +70,7 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "saturating_activation": Cause(
-        "a saturating activation{activation} in {depth} layers: its slope is at most {slope} and nearly 0 at its ends",
+        "a saturating activation{activation} in {depth}: its slope is at most {slope} and nearly 0 at its ends",
         (
             "replace {activation_name} in {layers} by {leaky}, with {kaiming}",
             "put {norm} before each {activation_name}",

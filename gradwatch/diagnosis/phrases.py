@@ -114,7 +114,7 @@ def _layers(symptoms: Symptoms) -> dict[str, str]:
     kind = kinds.most_common(1)[0][0] if kinds else ""
     return {
         "layers": listing(names, symptoms.layers),
-        "depth": str(len(names)),
+        "depth": "1 layer" if len(names) == 1 else f"{len(names)} layers",
         "activation": f" ({kind})" if kind else "",
         "activation_name": kind or "the saturating activation",
         "slope": SLOPES.get(kind, "1"),
