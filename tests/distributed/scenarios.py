@@ -22,7 +22,7 @@ from torch.optim import SGD, Adam, Optimizer
 import gradwatch as gw
 from gradwatch.integrations.torch_distributed import RankWatcher
 from gradwatch.records import Finding, StepBatch
-from tests.distributed.problem import BATCH, WIDTH, batch, network
+from tests.distributed.problem import BATCH, OUT, WIDTH, batch, network
 
 
 def build(kind: str) -> tuple[nn.Module, Optimizer]:
@@ -218,7 +218,7 @@ def experts(run_dir: str) -> Any:
     rank, count = distributed.get_rank(), distributed.get_world_size()
     shared = network()[0]
     torch.manual_seed(10 + rank)
-    expert = nn.Linear(12, 3)
+    expert = nn.Linear(12, OUT)
     model = nn.ModuleDict({"shared": shared, "expert": expert})
     optimizer = SGD(model.parameters(), lr=0.05)
     norms = []
@@ -240,7 +240,7 @@ def experts(run_dir: str) -> Any:
 
 def unused(run_dir: str) -> Any:
     """A branch that the loss does not use at odd steps."""
-    model = nn.ModuleDict({"used": nn.Linear(WIDTH, 3), "spare": nn.Linear(WIDTH, 3)})
+    model = nn.ModuleDict({"used": nn.Linear(WIDTH, OUT), "spare": nn.Linear(WIDTH, OUT)})
 
     class Both(nn.Module):
         def __init__(self) -> None:
