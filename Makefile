@@ -94,6 +94,8 @@ $(READY_DOCS): $(READY)
 
 $(READY_MORE): $(READY)
 	$(PIP) --editable ".[$(MORE)]"
+	# fastai asks for torchvision, which it needs for pictures only and whose wheels fit no CPU build of this torch.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision
 	@touch $@
 
 $(BIN)/python:
