@@ -34,7 +34,7 @@ from benchmarks.machine import machine
 
 RESULTS = Path(__file__).parent / "results" / "scale.json"
 #: Bytes of one number of a message, numbers at the head of a message, statistics that are sums.
-NUMBER, HEAD, SUMMED = 8, 6, 4
+NUMBER, HEAD, SUMMED = 8, 5, 4
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class Layout:
 
     @property
     def numbers(self) -> int:
-        """Numbers of an exchange: two sums a parameter and step, two for each statistic, and a maximum."""
-        rows = self.every * (1 + 2 * self.parameters)
-        return HEAD + rows + self.samples * self.parameters * (2 * SUMMED + 1)
+        """Numbers of an exchange: a sum a parameter and step, one for each statistic, and a maximum."""
+        rows = self.every * (1 + self.parameters)
+        return HEAD + rows + self.samples * self.parameters * (SUMMED + 1)
 
     @property
     def bytes_a_step(self) -> float:
         """Bytes that a rank hands to collectives, per step."""
-        return NUMBER * (self.numbers / self.every + (2 * self.parameters if self.clips else 0))
+        return NUMBER * (self.numbers / self.every + (self.parameters if self.clips else 0))
 
     @property
     def collectives_a_step(self) -> float:
-        """A sum and a maximum an exchange; one sum a step where an action needs the norm."""
-        return 2 / self.every + self.clips
+        """One an exchange, and one a step where an action needs the norm."""
+        return 1 / self.every + self.clips
 
 
 class Clock:

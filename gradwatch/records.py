@@ -58,7 +58,8 @@ class Parameter:
         kind: Type of the owning module, such as `Conv2d`.
         activation: Type of the activation that follows the layer, such as `ReLU`, where known.
         aliases: Other names of the same tensor (tied weights).
-        trainable: False when the parameter was frozen as it was first seen: no rule expects a gradient of it.
+        trainable: False when the parameter was frozen as it was first seen, or its gradient cannot be measured: no rule
+            expects a gradient of it.
 
     Examples:
         >>> Parameter("conv1.weight", shape=(64, 3, 7, 7)).layer

@@ -19,6 +19,9 @@ from gradwatch.records import NOT_MEASURED, Floats, Parameter
 #: Sampled statistics that are made of sums over the elements; `grad_max` is a maximum.
 SUMMED = ("weight_norm", "update_ratio", "zero_fraction", "nonfinite_count")
 
+#: Added to each term, so that a sum of zeros differs from nothing: far below the square of the least float32.
+SEEN = 1e-300
+
 
 @dataclass(frozen=True)
 class Holding:
@@ -68,37 +71,35 @@ class Union:
         column = {name: place for place, name in enumerate(described)}
         self.columns = np.array([column[name] for name in mine], np.intp)
         self.adds = np.array([_adds(holders[name], rank) for name in mine], bool)
+        self.may_be_partial = any(description.get("may_be_partial") for description in descriptions)
         self.is_needed = any(_is_spread(each, len(descriptions)) for each in holders.values())
 
     def __len__(self) -> int:
         return len(self.parameters)
 
-    def squares(self, norms: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """This rank's part of the sums: squares, and 1 where something was measured; each of shape (n, columns).
+    def spread(self, terms: Any, norms: Any) -> npt.NDArray[np.float64]:
+        """This rank's terms of the sums at the columns of the whole; nothing where nothing was measured.
 
         Args:
-            norms: Of this rank's parts, shape (n, this rank's parameters or fewer).
+            terms: Of this rank's parts, shape (this rank's parameters or fewer,).
+            norms: What says by `NOT_MEASURED` where nothing was measured, of the same shape.
         """
-        return self.spread(np.square(np.asarray(norms, np.float64)), norms)
-
-    def spread(self, terms: Any, norms: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Terms of this rank at the columns of the whole; where `norms` says nothing was measured, nothing."""
-        count = min(norms.shape[1], len(self.columns))
-        measured = (norms[:, :count] != NOT_MEASURED) & self.adds[:count]
-        sums, seen = np.zeros((len(norms), len(self))), np.zeros((len(norms), len(self)))
-        sums[:, self.columns[:count]] = np.where(measured, np.asarray(terms)[:, :count], 0.0)
-        seen[:, self.columns[:count]] = measured
-        return sums, seen
-
-    def mine(self, values: Any) -> Any:
-        """The entries of this rank's parameters, of an array over all columns."""
-        return values[..., self.columns]
+        count = min(len(norms), len(self.columns))
+        measured = (norms[:count] != NOT_MEASURED) & self.adds[:count]
+        sums = np.zeros(len(self))
+        sums[self.columns[:count]] = np.where(measured, np.asarray(terms)[:count] + SEEN, 0.0)
+        return sums
 
 
-def roots(sums: Floats, seen: Floats) -> npt.NDArray[np.float32]:
+def totals(sums: Floats) -> npt.NDArray[np.float64]:
+    """What the terms of all ranks add up to; `NOT_MEASURED` where no rank measured."""
+    return np.where(sums == 0.0, NOT_MEASURED, sums)
+
+
+def roots(sums: Floats) -> npt.NDArray[np.float32]:
     """Norms from sums of squares; `NOT_MEASURED` where no rank measured."""
     with np.errstate(invalid="ignore", over="ignore"):
-        return np.where(seen > 0, np.sqrt(sums), NOT_MEASURED).astype(np.float32)
+        return np.where(sums == 0.0, NOT_MEASURED, np.sqrt(sums)).astype(np.float32)
 
 
 def _adds(holders: Mapping[int, Holding], rank: int) -> bool:

@@ -24,6 +24,8 @@ import torch
 Numbers = npt.NDArray[np.float64]
 #: Seconds that the others have to say that they are there, once something failed.
 ROLL_CALL = 3.0
+#: How long a collective on a device may take: those of the training itself shall be the ones that time out.
+_NEVER = timedelta(days=1)
 #: Exchanges of this process so far, by topic.
 _made: Counter[str] = Counter()
 
@@ -35,10 +37,12 @@ class Message:
     Args:
         build: Makes what is to be added up over the ranks, and what is to be compared for the largest (may be empty);
             called on the thread of the exchange.
+        told: How many of the sums all ranks learn; rank 0 has all of them and the largest.
         text: Of rank 0, to be told to all; others leave it empty.
     """
 
     build: Callable[[], tuple[Numbers, Numbers]]
+    told: int
     text: bytes = b""
     sums: Numbers = field(default_factory=lambda: np.zeros(0))
     largest: Numbers = field(default_factory=lambda: np.zeros(0))
@@ -76,7 +80,7 @@ class Exchange:
         self._met = threading.Event()
         self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._store = torch.distributed.distributed_c10d._get_default_store()
-        self._in_step: Any = None
+        self._in_step: dict[str, Any] = {}
         # A store serves one call at a time: a wait of ours must not hold up one of the user's.
         with contextlib.suppress(Exception):
             self._store = self._store.clone()  # type: ignore[attr-defined]
@@ -102,8 +106,11 @@ class Exchange:
             self._fail(f"no answer within {self.timeout:g} s")
         return message.is_well
 
-    def add_up(self, numbers: Numbers) -> Numbers:
-        """Add up numbers over the ranks now; every rank calls this at the same place of its step.
+    def add_up(self, numbers: torch.Tensor) -> None:
+        """Add up numbers over the ranks now, in place; every rank calls this at the same place of its step.
+
+        On CUDA devices the host does not wait for it, nor for a rank that is lost: the collectives of the training,
+        which stand in the same queue, find that out.
 
         Raises:
             RuntimeError: A rank does not answer.
@@ -111,14 +118,13 @@ class Exchange:
         if self.failure:
             raise RuntimeError(self.failure)
         try:
-            if self._in_step is None:
-                self._in_step = self._group("in-step")
-            tensor = torch.from_numpy(numbers)
-            self._reduce(self._in_step, tensor)
+            kind = numbers.device.type
+            if kind not in self._in_step:
+                self._in_step[kind] = self._nccl() if _has_nccl(kind) else self._group("in-step")
+            self._reduce(self._in_step[kind], numbers)
         except Exception as error:
             self._fail(str(error))
             raise
-        return numbers
 
     def close(self) -> None:
         """End the thread when it has sent what waits."""
@@ -149,28 +155,59 @@ class Exchange:
         limit = timedelta(seconds=self.timeout)
         return torch.distributed.ProcessGroupGloo(store, self.rank, self.world_size, limit)
 
-    def _reduce(self, group: Any, tensor: torch.Tensor, operation: Any = None) -> None:
+    def _nccl(self) -> Any:
+        store = torch.distributed.distributed_c10d.PrefixStore(f"{self._name}/nccl", self._store)
+        options = torch.distributed.ProcessGroupNCCL.Options()
+        options._timeout = _NEVER
+        return torch.distributed.ProcessGroupNCCL(store, self.rank, self.world_size, options)
+
+    def _reduce(self, group: Any, tensor: torch.Tensor) -> None:
         self.collectives += 1
         options = torch.distributed.AllreduceOptions()
-        options.reduceOp = operation or torch.distributed.ReduceOp.SUM  # type: ignore[assignment]
+        if tensor.is_cuda:
+            group.allreduce([tensor], options).wait()
+            return
         options.timeout = timedelta(seconds=self.timeout)
-        group.allreduce([tensor], options).wait()
+        line = tensor.cpu()
+        group.allreduce([line], options).wait()
+        if line is not tensor:
+            tensor.copy_(line)
 
     def _meet(self, group: Any, message: Message) -> None:
-        """One sum with the length of the text at its end; what else there is to say only where there is something."""
+        """Up a binomial tree to rank 0, adding up on the way, and down again with what all must know."""
+        self.collectives += 1
         message.sums, message.largest = message.build()
-        line = torch.from_numpy(np.append(message.sums, float(len(message.text))))
-        self._reduce(group, line)
-        message.sums, length = line[:-1].numpy(), int(line[-1])
-        if message.largest.size:
-            self._reduce(group, torch.from_numpy(message.largest), torch.distributed.ReduceOp.MAX)
-        if length:
-            text = torch.zeros(length, dtype=torch.uint8)
-            if message.text:
-                text = torch.frombuffer(bytearray(message.text), dtype=torch.uint8)
-            self.collectives += 1
-            group.broadcast([text], torch.distributed.BroadcastOptions()).wait()
-            message.text = text.numpy().tobytes()
+        count, limit = len(message.sums), timedelta(seconds=self.timeout)
+        line = torch.from_numpy(np.concatenate([message.sums, message.largest]))
+        above, below = _neighbours(self.rank, self.world_size)
+        other = torch.empty_like(line)
+        for rank in below:
+            group.recv([other], rank, 0).wait(limit)
+            line[:count] += other[:count]
+            torch.maximum(line[count:], other[count:], out=line[count:])
+        answer = torch.cat([line[: message.told], torch.tensor([len(message.text)], dtype=torch.float64)])
+        if above is not None:
+            group.send([line], above, 0).wait(limit)
+            group.recv([answer], above, 1).wait(limit)
+        for rank in reversed(below):
+            group.send([answer], rank, 1).wait(limit)
+        message.text = self._tell(group, message.text, int(answer[-1]), above, below)
+        message.sums = (line[:count] if above is None else answer[:-1]).numpy()
+        message.largest = line[count:].numpy()
+
+    def _tell(self, group: Any, text: bytes, length: int, above: int | None, below: Sequence[int]) -> bytes:
+        """Pass a text of rank 0 down the tree, where there is one."""
+        if not length:
+            return b""
+        line = torch.zeros(length, dtype=torch.uint8)
+        limit = timedelta(seconds=self.timeout)
+        if above is None:
+            line = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        else:
+            group.recv([line], above, 2).wait(limit)
+        for rank in reversed(below):
+            group.send([line], rank, 2).wait(limit)
+        return line.numpy().tobytes()
 
     def _gather(self, group: Any, text: bytes) -> list[bytes]:
         length = torch.zeros(self.world_size, dtype=torch.int64)
@@ -197,3 +234,17 @@ class Exchange:
                 if not self.lost:
                     return
                 time.sleep(0.1)
+
+
+def _neighbours(rank: int, count: int) -> tuple[int | None, list[int]]:
+    """The parent of a rank in a binomial tree rooted at 0, and its children, the nearest first."""
+    below, step = [], 1
+    while step < count and not rank & step:
+        if rank + step < count:
+            below.append(rank + step)
+        step *= 2
+    return (rank - step if rank else None), below
+
+
+def _has_nccl(device: str) -> bool:
+    return device == "cuda" and torch.distributed.is_nccl_available()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradwatch.backends.torch_device import DeviceNorms, on_host
 from gradwatch.backends.torch_norms import CpuNorms
-from gradwatch.backends.torch_sharding import is_dtensor, local
+from gradwatch.backends.torch_sharding import is_dtensor, is_partial, local
 from gradwatch.backends.torch_statistics import CpuExtremes, Updates, device_extremes
 from gradwatch.records import NOT_MEASURED
 
@@ -228,6 +228,8 @@ class Gradients:
 
         Numpy for gradients on the host; those of an accelerator stay there. `NOT_MEASURED` without gradient.
         """
+        if self._is_sharded:
+            grads = [None if is_partial(grad) else grad for grad in grads]
         places = tuple(i for i, grad in enumerate(grads) if grad is not None)
         present = local([grad for grad in grads if grad is not None])
         plan = self._extremes.get(places)
@@ -262,18 +264,29 @@ class Gradients:
         """Norms at all places, of the gradients that are there."""
         if not measured:
             return np.full(len(self.parameters), NOT_MEASURED, np.float32)
+        sums: list[int] = []
         if self._is_sharded:
+            sums = [place for place, grad in zip(self._present.places, measured, strict=True) if is_partial(grad)]
             measured = local(measured)
         try:
             found = (self._plan or self._planned(measured))(measured)
         except (RuntimeError, TypeError):
             # A gradient changed its layout, shape or device (a sparse one became dense): plan again.
             found = self._planned(measured)(measured)
-        if self._present.is_all or isinstance(found, Tensor):
-            return found
-        norms = np.full(len(self.parameters), NOT_MEASURED, np.float32)
-        norms[self._present.index] = found
-        return norms
+        if not (self._present.is_all or isinstance(found, Tensor)):
+            norms = np.full(len(self.parameters), NOT_MEASURED, np.float32)
+            norms[self._present.index] = found
+            found = norms
+        return self._without(sums, found)
+
+    def _without(self, sums: list[int], values: Any) -> Any:
+        """The values, of shape (..., number of parameters); none for gradients of which this rank has only a term."""
+        if not sums:
+            return values
+        if isinstance(values, Tensor):
+            return values.index_fill(-1, self._index(tuple(sums), values.device), NOT_MEASURED)
+        values[..., sums] = NOT_MEASURED
+        return values
 
     def _planned(self, measured: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
         if len(self._plans) >= _MOST_PLANS:

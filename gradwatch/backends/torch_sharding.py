@@ -26,6 +26,14 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_partial(gradient: Any) -> bool:
+    """Whether a gradient is still a sum over ranks: a DTensor that is `Partial` over more than one of them."""
+    return is_dtensor(gradient) and any(
+        placement.is_partial() and gradient.device_mesh.size(dim) > 1
+        for dim, placement in enumerate(gradient.placements)
+    )
+
+
 def local(tensors: Sequence[Any]) -> list[Any]:
     """The tensors; of a DTensor the part on this rank, which shares its memory."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -58,7 +66,7 @@ def holdings(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Holdi
     found = []
     for parameter in parameters:
         if is_dtensor(parameter):
-            found.append(Holding(_ranks_of(parameter), shape=tuple(parameter.shape)))
+            found.append(Holding(ranks_of(parameter), shape=tuple(parameter.shape)))
         elif id(parameter) in flat:
             handle, place = flat[id(parameter)]
             ranks = torch.distributed.get_process_group_ranks(handle.process_group)
@@ -70,7 +78,7 @@ def holdings(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[Holdi
     return found
 
 
-def _ranks_of(tensor: Any) -> tuple[int, ...]:
+def ranks_of(tensor: Any) -> tuple[int, ...]:
     """The ranks whose parts make up one copy of a DTensor, this rank's among them."""
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:

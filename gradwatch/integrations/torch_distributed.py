@@ -19,13 +19,16 @@ from torch.optim import Optimizer
 from gradwatch.actions.base import Due
 from gradwatch.actions.renewal import Reinitialize, Restructure
 from gradwatch.backends.shares import Holding, describe_rank
+from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_exchange import Exchange
 from gradwatch.backends.torch_own_norm import OwnNorm
+from gradwatch.backends.torch_partial import Sums, may_be_partial
 from gradwatch.backends.torch_sharding import AtBackward, holdings, is_wrapped_by_fsdp1, local, world
 from gradwatch.errors import ConfigurationError, GradwatchError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_ranks import Ranks, Shape
 from gradwatch.integrations.torch_row import Row
+from gradwatch.integrations.torch_total import Total
 from gradwatch.reader import RunReader
 from gradwatch.records import Parameter, RunInfo
 
@@ -59,6 +62,8 @@ class RankWatcher(TorchWatcher):
             raise ConfigurationError.of("rank_timeout", "> 0", rank_timeout)
         self._ranks: Ranks | None = None
         self._own: OwnNorm | None = None
+        self._sums: Sums | None = None
+        self._is_missing = False
         self._begin_hook: Any = None
         self._rank, self._world_size = world()
         before = _world_before(settings) if self._rank == 0 else 0
@@ -78,6 +83,7 @@ class RankWatcher(TorchWatcher):
 
     def _join(self, model: nn.Module, *, per_rank: bool, timeout: float) -> None:
         """Meet the other ranks where there is something to talk about."""
+        self._sums = Sums(self._gradients.parameters)
         held = holdings(model, self._gradients.parameters)
         is_sharded = any(len(holding.ranks) > 1 for holding in held)
         if is_sharded:
@@ -86,7 +92,8 @@ class RankWatcher(TorchWatcher):
             begins = partial(_begins, weakref.ref(self._backward))
             self._begin_hook = model.register_forward_hook(AtBackward(begins))
         self.pending.is_reduced_by_loop = any(holding.fingerprint is not None for holding in held)
-        is_combining = is_sharded or self.pending.is_reduced_by_loop
+        may_be = any(map(may_be_partial, self._gradients.parameters))
+        is_combining = is_sharded or self.pending.is_reduced_by_loop or (may_be and bool(self._policy.in_step))
         if not (is_combining or self._policy.between or per_rank):
             return
         if per_rank and not is_sharded:
@@ -94,7 +101,8 @@ class RankWatcher(TorchWatcher):
         self._talk(held, is_combining=is_combining, per_rank=per_rank, timeout=timeout)
 
     def _talk(self, held: Sequence[Holding], *, is_combining: bool, per_rank: bool, timeout: float) -> None:
-        description = describe_rank(self._parameters, held, next_step=self._next_step)
+        may_be = any(map(may_be_partial, self._gradients.parameters))
+        description = describe_rank(self._parameters, held, next_step=self._next_step, may_be_partial=may_be)
         topic = str(self.settings.run_dir or "")
         exchange = Exchange(self._rank, self._world_size, description, timeout=timeout, topic=topic)
         every = self.settings.flush_every
@@ -108,8 +116,9 @@ class RankWatcher(TorchWatcher):
         ranks.on_union, ranks.on_alone, ranks.on_outlier = self._know, self._left_alone, self.monitor.mark
         self._between.is_well = lambda: ranks.is_well
         if is_combining:
-            self._in_step.total = lambda held, norms: ranks.total(norms, held.index, len(self._gradients.parameters))
-            self._in_step.part = lambda held, values: ranks.union.mine(values)[held.index]
+            assert self._sums is not None
+            total = Total(exchange, lambda: ranks.union, self._gradients.parameters, self._sums)
+            self._in_step.total, self._in_step.part = total.of, total.part
         if (self._policy.between or self.settings.resume) and exchange.met():
             assert exchange.descriptions is not None
             self._next_step = int(exchange.descriptions[0]["next_step"])
@@ -161,6 +170,44 @@ class RankWatcher(TorchWatcher):
             self._row.metrics[f"rank_norm.{self._rank}"] = self._own.norm()
         return result
 
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See `TorchWatcher.after_step`."""
+        super().after_step(optimizer, args, kwargs)
+        held, row = self._holders.of(optimizer), self._row
+        if self._sums is None or not self._sums.places or held is None or row is None or row.skip_reason:
+            return
+        known = {place: self._sums.norms[place] for place in held.places if place in self._sums.norms}
+        if known:
+            scale = host_or_copy(getattr(optimizer, "grad_scale", None))
+            row.put_norms_at(list(known), [norm / scale for norm in known.values()])
+        if missing := set(self._sums.places).intersection(held.places).difference(known):
+            self._miss(sorted(missing))
+
+    def _miss(self, places: Sequence[int]) -> None:
+        """Say once of which gradients nobody saw the whole."""
+        if self._is_missing:
+            return
+        self._is_missing = True
+        if self._is_first_row:  # no rule shall expect a gradient there
+            self._redescribe(
+                [
+                    dataclasses.replace(parameter, trainable=parameter.trainable and place not in places)
+                    for place, parameter in enumerate(self._parameters)
+                ]
+            )
+        names = [self._parameters[place].name for place in places]
+        listed = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        self.monitor.mark(
+            f"the gradients of {listed} are sums over ranks (Partial) that the step did not add up: "
+            "their norms are not recorded",
+            self._upcoming - 1,
+        )
+
+    def _after_backward(self) -> None:
+        if self._sums is not None:
+            self._sums.expect()
+        super()._after_backward()
+
     def _apply(self, due: Due) -> None:
         if self._ranks is None:
             super()._apply(due)
@@ -172,6 +219,8 @@ class RankWatcher(TorchWatcher):
             self._own.remove()
         if self._begin_hook is not None:
             self._begin_hook.remove()
+        if self._sums is not None:
+            self._sums.close()
         if self._ranks is not None:
             self.faults.call(
                 "ranks",

@@ -33,7 +33,7 @@ class InStep:
         self.decider = Decider(actions)
         self._described, self._is_dry = described, is_dry
         #: Norms of the whole gradients from those of this rank's parts, where they differ; None where they do not.
-        self.total: Callable[[Held, Any], Any] = lambda held, norms: None
+        self.total: Callable[[Step, Reading], Any] = lambda step, reading: None
         #: The entries of an optimizer's parameters, of an array over those of all ranks.
         self.part: Callable[[Held, Any], Any] = lambda held, values: values
 
@@ -55,7 +55,7 @@ class InStep:
             spared = spared_by(action, self._described())[held.index]
             return scale_units(action, held.parameters, spared, norms)
 
-        total = self.total(held, reading.now)
+        total = self.total(step, reading)
         verdict = self.decider.decide(reading.now if total is None else total, by_unit)
         if self._is_dry:
             row.put_metric("would_skip", verdict.skip)

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
-from gradwatch.backends.shares import SUMMED, Union, roots
+from gradwatch.backends.shares import SUMMED, Union, roots, totals
 from gradwatch.backends.torch_exchange import Exchange, Message
 from gradwatch.integrations.torch_row import Row
 from gradwatch.records import NOT_MEASURED, Floats
@@ -140,26 +139,6 @@ class Ranks:
         yield from self._release()
         self.exchange.close()
 
-    def total(self, norms: Floats, places: npt.NDArray[np.intp], width: int) -> Floats | None:
-        """Norms over all columns of the whole, one collective; None where this rank's norms are those already.
-
-        Args:
-            norms: Of the parameters at `places`.
-            places: Their columns on this rank.
-            width: Columns on this rank.
-
-        Raises:
-            RuntimeError: The other ranks do not answer.
-        """
-        self.exchange.met()
-        if not self.union.is_needed:
-            return None
-        line = np.full((1, width), NOT_MEASURED, np.float32)
-        line[0, places] = norms
-        sums, seen = self.union.squares(line)
-        both = self.exchange.add_up(np.concatenate([sums[0], seen[0]]))
-        return roots(both[: len(self.union)], both[len(self.union) :])
-
     def _send(self, *, is_leaving: bool) -> None:
         rows, self._outbox = self._outbox, []
         text = b""
@@ -177,7 +156,7 @@ class Ranks:
             _Own(row.norms, row.statistics if row.is_sampled else None, np.array(numbers, np.float64))
             for row, numbers in zip(rows, personal, strict=True)
         ]
-        message = Message(lambda: self._encoded(head, own), text=text)
+        message = Message(lambda: self._encoded(head, own), told=_HEAD, text=text)
         self._under_way.append((self.exchange.send(message), rows))
 
     def _arrivals(self, *, wait: float) -> Iterator[Row]:
@@ -223,8 +202,8 @@ class Ranks:
         self.on_union(union.parameters)
         parts = _split(message.sums[_HEAD:], self._lengths())
         if union.is_needed:
-            norms = roots(*(parts[i].reshape(shape.every, len(union)) for i in (1, 2)))
-            sums, seen = (parts[i].reshape(shape.samples, len(SUMMED), len(union)) for i in (3, 4))
+            norms = roots(parts[1].reshape(shape.every, len(union)))
+            sums = parts[2].reshape(shape.samples, len(SUMMED), len(union))
             largest = message.largest.reshape(-1, len(union))
             sampled = 0
             for place, row in enumerate(rows):
@@ -233,7 +212,7 @@ class Ranks:
                 # A rank that measured a NaN samples at once, and alone.
                 statistics, row.statistics = row.statistics, {}
                 if row.is_sampled:
-                    row.statistics = self._statistics(statistics, sums[sampled], seen[sampled], largest[sampled])
+                    row.statistics = self._statistics(statistics, sums[sampled], largest[sampled])
                     sampled += 1
         if shape.is_personal:
             self._put_personal(parts[-1].reshape(self.exchange.world_size, shape.every, 2), rows)
@@ -242,15 +221,15 @@ class Ranks:
                 self._held.popleft()
                 yield self._padded(row)
 
-    def _statistics(self, own: dict[str, Floats], sums: Floats, seen: Floats, largest: Floats) -> dict[str, Floats]:
+    def _statistics(self, own: dict[str, Floats], sums: Floats, largest: Floats) -> dict[str, Floats]:
         every = np.array([math.prod(parameter.shape) for parameter in self.union.parameters], np.float64)
-        weights = roots(sums[0], seen[0])
+        weights, changes, zeros, damaged = roots(sums[0]), roots(sums[1]), totals(sums[2]), totals(sums[3])
         with np.errstate(invalid="ignore", divide="ignore"):
             found = {
                 "weight_norm": weights,
-                "update_ratio": np.where((seen[1] > 0) & (weights > 0), np.sqrt(sums[1]) / weights, NOT_MEASURED),
-                "zero_fraction": np.where(seen[2] > 0, sums[2] / every, NOT_MEASURED),
-                "nonfinite_count": np.where(seen[3] > 0, sums[3], NOT_MEASURED),
+                "update_ratio": np.where((changes != NOT_MEASURED) & (weights > 0), changes / weights, NOT_MEASURED),
+                "zero_fraction": np.where(zeros != NOT_MEASURED, zeros / every, NOT_MEASURED),
+                "nonfinite_count": damaged,
                 "grad_max": largest,
             }
         kept = {name: values.astype(np.float32) for name, values in found.items() if name in own}
@@ -272,7 +251,7 @@ class Ranks:
         count = len(self.union) if self.union.is_needed else 0
         rows, samples = self._shape.every * count, self._shape.samples * len(SUMMED) * count
         personal = [self.exchange.world_size * self._shape.every * 2] if self._shape.is_personal else []
-        return [self._shape.every, rows, rows, samples, samples, *personal]
+        return [self._shape.every, rows, samples, *personal]
 
     def _encoded(self, head: Floats, rows: Sequence[_Own]) -> tuple[Any, Any]:
         """The numbers of a message; on the thread of the exchange, once the others were met."""
@@ -284,17 +263,16 @@ class Ranks:
             own[: len(rows)] = np.reshape([row.personal for row in rows], (len(rows), 2))
         largest = np.zeros(0)
         if union.is_needed:
-            for place, row in enumerate(rows):
-                for part, numbers in zip(parts[1:3], union.squares(row.norms[np.newaxis]), strict=True):
-                    part.reshape(shape.every, -1)[place] = numbers[0]
+            for squares, row in zip(parts[1].reshape(shape.every, -1), rows, strict=False):
+                squares[:] = union.spread(np.square(row.norms, dtype=np.float64), row.norms)
             sampled = [row.statistics for row in rows if row.statistics is not None]
-            largest = np.full((len(sampled), len(union)), NOT_MEASURED)
-            sums, seen = (part.reshape(shape.samples, len(SUMMED), -1) for part in parts[3:5])
+            largest = np.full((shape.samples, len(union)), NOT_MEASURED)
+            samples = parts[2].reshape(shape.samples, len(SUMMED), -1)
             for place, statistics in enumerate(sampled[: shape.samples]):
-                self._encode_sample(statistics, sums[place], seen[place], largest[place])
+                self._encode_sample(statistics, samples[place], largest[place])
         return np.concatenate([head, *parts]), largest.ravel()
 
-    def _encode_sample(self, statistics: dict[str, Floats], sums: Floats, seen: Floats, largest: Floats) -> None:
+    def _encode_sample(self, statistics: dict[str, Floats], sums: Floats, largest: Floats) -> None:
         nothing = np.full(len(self._shape.sizes), NOT_MEASURED, np.float32)
         of = {name: np.asarray(statistics.get(name, nothing), np.float64) for name in (*SUMMED, "grad_max")}
         terms = {
@@ -304,8 +282,7 @@ class Ranks:
             "nonfinite_count": of["nonfinite_count"],
         }
         for place, name in enumerate(SUMMED):
-            added, measured = self.union.spread(terms[name][np.newaxis], of[name][np.newaxis])
-            sums[place], seen[place] = added[0], measured[0]
+            sums[place] = self.union.spread(terms[name], of[name])
         largest[self.union.columns[: len(of["grad_max"])]] = of["grad_max"]
 
     def _go_alone(self, why: str) -> None:

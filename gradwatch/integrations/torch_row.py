@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -93,6 +94,18 @@ class Row:
         every = np.full(self.width, NOT_MEASURED, np.float32) if self.norms is _NOTHING else self.norms.copy()
         every[held.index] = norms
         self.norms = every
+
+    def put_norms_at(self, places: Sequence[int], norms: Sequence[Any]) -> None:
+        """Gradient norms that became known later, of the parameters at these places."""
+        index = np.array(places, np.intp)
+
+        def set_norms(numbers: Any) -> None:
+            every = self.norms.copy()
+            every[index] = numbers
+            self.norms = every
+
+        on_device = any(isinstance(norm, Tensor) for norm in norms)
+        self.put(torch.stack([torch.as_tensor(norm) for norm in norms]) if on_device else norms, set_norms)
 
     def put_statistics(self, names: Sequence[str], places: Sequence[int], values: Any) -> None:
         """Sampled statistics of one optimizer's parameters, shape (number of names, number of places)."""

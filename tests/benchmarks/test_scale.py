@@ -12,6 +12,6 @@ def test_norms_of_the_whole_come_out_of_the_ranks_parts() -> None:
 
 
 def test_without_an_action_in_the_step_collectives_come_only_at_a_flush() -> None:
-    assert Layout(1000, every=50).collectives_a_step == 2 / 50
-    assert Layout(1000, every=50, clips=True).collectives_a_step == 1 + 2 / 50
-    assert Layout(1000).bytes_a_step < 24 * 1000
+    assert Layout(1000, every=50).collectives_a_step == 1 / 50
+    assert Layout(1000, every=50, clips=True).collectives_a_step == 1 + 1 / 50
+    assert Layout(1000).bytes_a_step < 13 * 1000

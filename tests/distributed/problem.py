@@ -22,3 +22,15 @@ def batch(step: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     x, y = torch.randn(BATCH, WIDTH, generator=generator), torch.randn(BATCH, OUT, generator=generator)
     return x * scale, y * scale
+
+
+def transformer_like() -> nn.Sequential:
+    """What sequence parallelism is for: a norm in front of two layers."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, OUT))
+
+
+def sequences(step: int) -> tuple[Tensor, Tensor]:
+    """A batch of sequences of eight positions."""
+    generator = torch.Generator().manual_seed(200 + step)
+    return torch.randn(4, 8, WIDTH, generator=generator), torch.randn(4, 8, OUT, generator=generator)

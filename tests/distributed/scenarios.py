@@ -9,20 +9,28 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import gradwatch as gw
+from gradwatch.backends import torch_device
 from gradwatch.integrations.torch_distributed import RankWatcher
 from gradwatch.records import Finding, StepBatch
-from tests.distributed.problem import BATCH, OUT, WIDTH, batch, network
+from tests.distributed.problem import BATCH, OUT, WIDTH, batch, network, sequences, transformer_like
+from tests.torch.waits import Waits
 
 
 def build(kind: str) -> tuple[nn.Module, Optimizer]:
@@ -170,7 +178,10 @@ def train_plain(kind: str, *, steps: int = 12) -> list[Any]:
 ACTIONS: dict[str, Any] = {
     "": [],
     "Clip": [gw.Clip(max_norm=0.05)],
+    "Clip per layer": [gw.Clip(per_layer=0.03)],
     "SkipStep": [gw.SkipStep()],
+    "SkipStep and Clip": [gw.SkipStep(), gw.Clip(max_norm=0.05)],
+    "ZClip": [gw.ZClip()],
     "DecayLR": [gw.DecayLR(factor=0.5, on="exploding")],
     "Rollback": [gw.Rollback(every=2, factor=0.5, on="exploding", patience=0)],
 }
@@ -182,6 +193,67 @@ def _loop(model: nn.Module, optimizer: Optimizer, watcher: Any, steps: range, ki
         loss = backward(kind, model, step)
         optimizer.step()
         watcher.log(loss=loss)
+
+
+def sequence_parallel(
+    run_dir: str, *, steps: int = 8, actions: str = "", clip: float = 0.0, decay: float = 0.0, is_sharded: bool = False
+) -> dict[str, Any]:
+    """A norm whose gradients are sums over the ranks, which each see a part of every sequence."""
+    count, rank = distributed.get_world_size(), distributed.get_rank()
+    rows = slice(None)
+    mesh = init_device_mesh("cpu", (count,))
+    if is_sharded:
+        both = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("data", "model"))
+        mesh, rows = both["model"], slice(2 * (rank // (count // 2)), 2 * (rank // (count // 2)) + 2)
+    plan = {
+        "0": SequenceParallel(),
+        "1": ColwiseParallel(input_layouts=Shard(1)),
+        "3": RowwiseParallel(output_layouts=Replicate()),
+    }
+    model = parallelize_module(transformer_like(), mesh, plan)
+    if is_sharded:
+        fully_shard(model, mesh=both["data"])
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=decay) if decay else Adam(model.parameters(), lr=0.05)
+    settings: dict[str, Any] = {"flush_every": 3, "stats_every": 3, "rank_timeout": 20.0, "actions": ACTIONS[actions]}
+    with gw.watch(model, optimizer, run_dir=run_dir, **settings) as watcher:
+        for step in range(steps):
+            optimizer.zero_grad()
+            x, y = (tensor[rows] for tensor in sequences(step))
+            part = x.chunk(mesh.size(), 1)[mesh.get_local_rank()]
+            nn.functional.mse_loss(model(part), y).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+    assert not watcher.faults.messages, watcher.faults.messages
+    found: dict[str, Any] = {"weights": [full(parameter) for parameter in model.parameters()]}
+    if rank == 0:
+        found["record"] = record_of(run_dir)
+        found["findings"] = list(gw.load(run_dir).findings()["rule"])
+    distributed.barrier()
+    return found
+
+
+def as_on_accelerator(run_dir: str, actions: str, *, is_host: bool = False) -> dict[str, Any]:
+    """A sharded model whose tensors are taken for those of an accelerator; counts what would make the host wait."""
+    before, torch_device.HOST = torch_device.HOST, ("cpu",) if is_host else ()
+    model, _ = build("fsdp2")
+    optimizer = AdamW(model.parameters(), lr=0.05, fused=True)
+    settings: dict[str, Any] = {"flush_every": 50, "stats_every": 5, "actions": ACTIONS[actions]}
+    counts = []
+    with gw.watch(model, optimizer, run_dir=run_dir, **settings) as watcher, Waits() as waits:
+        for step in range(10):
+            optimizer.zero_grad()
+            loss = backward("fsdp2", model, step)
+            optimizer.step()
+            watcher.log(loss=loss)
+            counts.append(watcher._ranks.exchange.collectives)  # type: ignore[attr-defined]
+    torch_device.HOST = before
+    assert not watcher.faults.messages, watcher.faults.messages
+    found = {"weights": weights("fsdp2", model), "waits": waits.names, "collectives": np.diff(counts)[-4:].tolist()}
+    if distributed.get_rank() == 0:
+        found["record"] = record_of(run_dir)
+    distributed.barrier()
+    return found
 
 
 def pipeline(run_dir: str) -> Any:

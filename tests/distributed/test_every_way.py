@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from torch import nn
-from torch.optim import Adam
+from torch.optim import SGD, Adam
 
 from tests.distributed.pool import Pool
-from tests.distributed.problem import batch, network
+from tests.distributed.problem import batch, network, sequences, transformer_like
 
 STEPS = 12
 TWO = ("ddp", "no_sync", "zero", "fsdp2", "fsdp1", "tp")
@@ -54,12 +54,18 @@ def assert_alike(results: list[Any]) -> None:
 
 def test_the_norms_are_those_of_one_process(pool: Pool, tmp_path: Path) -> None:
     norms, _, _ = alone()
+    samples = []
     for kind in kinds(pool):
         record = pool.run("train", kind=kind, run_dir=str(tmp_path / kind))[0]["record"]
 
         assert record["names"] == [name for name, _ in network().named_parameters()], kind
         np.testing.assert_allclose(record["norms"], norms, rtol=1e-5, err_msg=kind)
         assert record["world_size"] == pool.count
+        samples.append([record[name] for name in ("weight_norm", "update_ratio", "grad_max")])
+    # Those of `ddp` were measured whole, those of others put together.
+    for kind, found in zip(kinds(pool), samples, strict=True):
+        for mine, first in zip(found, samples[0], strict=True):
+            np.testing.assert_allclose(mine, first, rtol=1e-4, err_msg=kind)
 
 
 def test_the_training_is_the_one_without_gradwatch(pool: Pool, tmp_path: Path) -> None:
@@ -126,9 +132,9 @@ def test_there_is_no_collective_between_flushes(pool: Pool, tmp_path: Path) -> N
         for result in pool.run("train", kind=kind, run_dir=str(tmp_path / kind), stats_every=100, settle=True):
             counts = result["collectives"]
 
-            # Two to meet; one for each flush of five steps, another where a sampled step (0) is among them.
+            # Two to meet, and one for each flush of five steps, whether a sampled step (0) is among them or not.
             is_talking = kind in ("fsdp1", "fsdp2", "hsdp", "tp")
-            assert counts == ([2] * 5 + [4] * 5 + [5] * 2 if is_talking else [0] * STEPS), kind
+            assert counts == ([2] * 5 + [3] * 5 + [4] * 2 if is_talking else [0] * STEPS), kind
 
 
 def test_clip_costs_one_collective_a_step(pool: Pool, tmp_path: Path) -> None:
@@ -139,3 +145,89 @@ def test_clip_costs_one_collective_a_step(pool: Pool, tmp_path: Path) -> None:
 
         is_talking = kind in ("fsdp1", "fsdp2", "hsdp", "tp")
         assert np.diff(counts)[:4].tolist() == [int(is_talking)] * 4, kind
+
+
+@pytest.mark.parametrize("actions", ["Clip", "Clip per layer", "SkipStep and Clip", "ZClip"])
+def test_actions_on_parts_read_no_number_of_an_accelerator_on_the_host(
+    pool: Pool, tmp_path: Path, actions: str
+) -> None:
+    results = pool.run("as_on_accelerator", run_dir=str(tmp_path / "device"), actions=actions)
+    host = pool.run("as_on_accelerator", run_dir=str(tmp_path / "host"), actions=actions, is_host=True)
+
+    for mine, other in zip(results, host, strict=True):
+        assert mine["waits"] == []
+        assert other["waits"] != []
+        assert mine["collectives"] == [1] * 4
+        for left, right in zip(mine["weights"], other["weights"], strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-6)
+    np.testing.assert_allclose(results[0]["record"]["norms"], host[0]["record"]["norms"], rtol=1e-5)
+
+
+def alone_with_sequences(clip: float = 0.0, decay: float = 0.0) -> tuple[Any, Any, list[Any]]:
+    """Norms, what `clip_grad_norm_` returned, and the weights, of one process."""
+    model = transformer_like()
+    optimizer = SGD(model.parameters(), lr=0.1, weight_decay=decay) if decay else Adam(model.parameters(), lr=0.05)
+    norms, totals = [], []
+    for step in range(8):
+        optimizer.zero_grad()
+        x, y = sequences(step)
+        nn.functional.mse_loss(model(x), y).backward()
+        norms.append([float(p.grad.double().norm()) for p in model.parameters() if p.grad is not None])
+        totals.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
+        optimizer.step()
+    return np.array(norms), np.array(totals), [p.detach().numpy() for p in model.parameters()]
+
+
+def test_gradients_that_are_sums_over_ranks_are_recorded_as_the_step_adds_them_up(pool: Pool, tmp_path: Path) -> None:
+    norms, totals, weights = alone_with_sequences()
+
+    results = pool.run("sequence_parallel", run_dir=str(tmp_path / "run"))
+
+    np.testing.assert_allclose(results[0]["record"]["norms"], norms, rtol=1e-5)
+    np.testing.assert_allclose(results[0]["record"]["metrics"]["global_norm"], totals, rtol=1e-5)
+    assert results[0]["record"]["marks"] == []
+    for mine, reference in zip(results[0]["weights"], weights, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=1e-5)
+
+
+def test_gradients_that_are_sums_over_ranks_are_recorded_before_the_loop_clips(pool: Pool, tmp_path: Path) -> None:
+    norms, totals, _ = alone_with_sequences(clip=0.05)
+
+    record = pool.run("sequence_parallel", run_dir=str(tmp_path / "run"), clip=0.05)[0]["record"]
+
+    np.testing.assert_allclose(record["norms"], norms, rtol=1e-4)
+    np.testing.assert_allclose(record["metrics"]["clip_coefficient"], 0.05 / totals, rtol=1e-4)
+
+
+def test_clip_takes_the_norm_of_gradients_that_are_sums_over_ranks(pool: Pool, tmp_path: Path) -> None:
+    norms, totals, weights = alone_with_sequences(clip=0.05)
+
+    results = pool.run("sequence_parallel", run_dir=str(tmp_path / "run"), actions="Clip")
+
+    record = results[0]["record"]
+    np.testing.assert_allclose(record["norms"], norms, rtol=1e-4)
+    np.testing.assert_allclose(record["metrics"]["clip_coefficient"], 0.05 / totals, rtol=1e-4)
+    for result in results:
+        for mine, reference in zip(result["weights"], weights, strict=True):
+            np.testing.assert_allclose(mine, reference, atol=2e-4)
+
+
+def test_sums_over_ranks_that_no_step_adds_up_are_missing_and_a_mark_says_so(pool: Pool, tmp_path: Path) -> None:
+    norms, _, _ = alone_with_sequences(decay=0.01)
+
+    result = pool.run("sequence_parallel", run_dir=str(tmp_path / "run"), steps=40, decay=0.01)[0]
+
+    record = result["record"]
+    assert np.isnan(record["norms"][:, :2]).all()
+    np.testing.assert_allclose(record["norms"][:8, 2:], norms[:, 2:], rtol=1e-4)
+    (mark,) = record["marks"]
+    assert "'0.weight', '0.bias' are sums over ranks (Partial) that the step did not add up" in mark
+    assert "unused" not in result["findings"]
+
+
+def test_sums_over_ranks_are_added_up_by_fully_shard(pool: Pool, tmp_path: Path) -> None:
+    norms, _, _ = alone_with_sequences()
+
+    record = pool.run("sequence_parallel", run_dir=str(tmp_path / "run"), is_sharded=True)[0]["record"]
+
+    np.testing.assert_allclose(record["norms"], norms, rtol=1e-5)

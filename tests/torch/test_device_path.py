@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.actions import AGC, AutoClip, Clip, DecayLR, Rollback, SkipStep, ZClip
 from gradwatch.backends import torch_device
+from gradwatch.backends.torch_exchange import Exchange
 from gradwatch.integrations import torch as integration
 from gradwatch.integrations import torch_guard
 from gradwatch.records import SKIP_REASONS
 from tests.torch.loops import Recorder, assert_norms, assert_same, data, mlp, mse, reference, state_of, watching
+from tests.torch.waits import Waits
 
 
 @pytest.fixture
@@ -192,21 +193,6 @@ IN_STEP = pytest.mark.parametrize(
     ],
     ids=str,
 )
-#: Operations of torch whose result the host waits for.
-WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that would make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.name().partition(".")[0] in WAITS:
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.usefixtures("deferred")
@@ -391,3 +377,21 @@ def test_a_model_on_two_devices_is_recorded_and_clipped_as_on_one(run_dir: Path)
     assert_norms(record.norms, expected, tolerance=1e-5)
     for one, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one.cpu(), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("no_waiting")
+def test_sums_over_ranks_are_made_on_the_gpu() -> None:
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        exchange = Exchange(0, 1, {}, timeout=20.0, topic="gpu")
+        numbers = torch.arange(5.0, device="cuda", dtype=torch.float64)
+        exchange.add_up(numbers)  # the first one makes the communicator
+        torch.cuda.set_sync_debug_mode("error")
+        exchange.add_up(numbers)
+        torch.cuda.set_sync_debug_mode("default")
+        assert numbers.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+        exchange.close()
+    finally:
+        torch.distributed.destroy_process_group()
