@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -100,8 +101,15 @@ def _fsdp1_modules(model: nn.Module) -> list[Any]:
 
 
 def _reduced_by_ddp(model: nn.Module) -> set[int]:
-    """Ids of the parameters whose gradients a DistributedDataParallel averages."""
-    wrappers = [each for each in model.modules() if isinstance(each, nn.parallel.DistributedDataParallel)]
+    """Ids of the parameters whose gradients a DistributedDataParallel averages.
+
+    Trainers hand over the model inside, and users may: then whoever wraps it is found among all objects there are.
+    """
+    inside = {id(module) for module in model.modules()}
+    kind = nn.parallel.DistributedDataParallel
+    wrappers = [each for each in model.modules() if isinstance(each, kind)] or [
+        each for each in gc.get_objects() if issubclass(type(each), kind) and id(each.module) in inside
+    ]
     return {
         id(parameter)
         for wrapper in wrappers

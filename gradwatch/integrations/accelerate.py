@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.integrations.torch import TorchWatcher
@@ -12,21 +13,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings: Any) -> TorchWatcher | None:
-    """Watch what `accelerator.prepare` returned.
+def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings: Any) -> TorchWatcher:
+    """Watch what `accelerator.prepare` returned; called in every process, at the same place.
 
     Norms are those before `accelerator.clip_grad_norm_`; one row is one step of the optimizer, however many batches are
-    accumulated.
+    accumulated. The main process records.
 
     Args:
-        accelerator: Tells the main process.
-        model: The prepared model.
+        accelerator: The one that prepared them.
+        model: The prepared model, as it is wrapped.
         optimizer: The prepared optimizer, or several.
-        settings: What `gradwatch.watch` takes.
+        settings: What `gradwatch.watch` takes; `run_dir` is by default `gradwatch` in the project's directory, if there
+            is one.
 
     Returns:
-        The watcher on the main process, None on the others.
+        The watcher of this process.
     """
-    if not accelerator.is_main_process:
-        return None
-    return watch_torch(accelerator.unwrap_model(model), optimizer, **settings)
+    if accelerator.project_dir is not None:
+        settings.setdefault("run_dir", Path(accelerator.project_dir) / "gradwatch")
+    return watch_torch(model, optimizer, **settings)

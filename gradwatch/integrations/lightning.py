@@ -23,7 +23,7 @@ class GradWatch(pl.Callback):
 
     Norms are taken at the end of backward, unscaled and before Lightning clips; accumulation, manual optimization and
     several optimizers need nothing more. The loss is that of `training_step`. `Stop` ends the fit through
-    `Trainer.should_stop`. Only rank 0 records.
+    `Trainer.should_stop`. Every rank is watched; rank 0 records.
 
     Args:
         settings: What `gradwatch.watch` takes; `run_dir` is by default `gradwatch` in the trainer's root directory.
@@ -41,10 +41,9 @@ class GradWatch(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to watch."""
-        if not trainer.is_global_zero:
-            return
         settings = {"run_dir": Path(trainer.default_root_dir) / "gradwatch", **self._settings}
-        self.watcher = watch_torch(pl_module, list(trainer.optimizers), **settings)
+        model = trainer.strategy.model or pl_module  # as it is wrapped
+        self.watcher = watch_torch(model, list(trainer.optimizers), **settings)
         self.watcher.on_stop = lambda _: setattr(trainer, "should_stop", True)
         if self._state:
             self.watcher.load_state_dict(self._state)

@@ -22,7 +22,8 @@ class GradWatch(TrainerCallback):
 
     Norms are taken before clipping, although the Trainer's own hook comes behind it. The loss of every step is the mean
     over its accumulated batches, read from the model's output; it is not filtered for NaN. The global norm is added to
-    the Trainer's logs as `gradwatch/global_norm`. `Stop` sets `should_training_stop`. Only the main process records.
+    the Trainer's logs as `gradwatch/global_norm`. `Stop` sets `should_training_stop`. Every process is watched, the
+    main one records.
 
     Args:
         settings: What `gradwatch.watch` takes; `run_dir` is by default `gradwatch` in the output directory.
@@ -44,8 +45,6 @@ class GradWatch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start to watch."""
-        if not state.is_world_process_zero:
-            return
         model: nn.Module = kwargs["model"]
         settings = {"run_dir": Path(str(args.output_dir)) / "gradwatch", **self._settings}
         self.watcher = watch_torch(model, kwargs["optimizer"], **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import socket
 import traceback
@@ -40,7 +41,10 @@ class Pool:
             pipe.recv()
 
     def run(self, scenario: str, **arguments: Any) -> list[Any]:
-        """What each rank's call of a function of `scenarios` returned; None of a rank that died."""
+        """What each rank's call of `MODULE:FUNCTION` returned; None of a rank that died.
+
+        Without a module the function is one of `scenarios`.
+        """
         for pipe in self._pipes:
             pipe.send((scenario, arguments))
         results: list[Any] = [None] * self.count
@@ -73,14 +77,14 @@ def _work(rank: int, count: int, port: int, pipe: Connection) -> None:
     import torch
     from torch import distributed
 
-    from tests.distributed import scenarios
-
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     pipe.send("ready")
     while True:
         name, arguments = pipe.recv()
         try:
-            pipe.send(("", getattr(scenarios, name)(**arguments)))
+            module, _, function = name.rpartition(":")
+            scenarios = importlib.import_module(f"tests.distributed.{module or 'scenarios'}")
+            pipe.send(("", getattr(scenarios, function)(**arguments)))
         except BaseException:  # noqa: BLE001 -- the test is told of it
             pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,52 @@
+"""Trainers on two processes record what the plain loop on one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gradwatch as gw
+from tests.distributed.pool import Pool
+from tests.integrations import plain
+
+TRAINERS = pytest.mark.parametrize(
+    "trainer",
+    [
+        pytest.param("accelerate", marks=pytest.mark.framework("transformers")),
+        pytest.param("transformers", marks=pytest.mark.framework("transformers")),
+        pytest.param("lightning", marks=pytest.mark.framework("lightning")),
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool(2)
+    yield made
+    made.close()
+
+
+@TRAINERS
+def test_the_norms_are_those_of_one_process(pool: Pool, tmp_path: Path, trainer: str) -> None:
+    results = pool.run(f"trainers:{trainer}", run_dir=str(tmp_path / trainer))
+    plain.train(tmp_path / "plain")
+
+    np.testing.assert_allclose(results[0]["norms"], plain.norms(tmp_path / "plain"), rtol=1e-5)
+    assert results[0]["world_size"] == 2
+    assert results[0]["marks"] == []
+    assert not any(name.startswith("module.") for name in results[0]["names"])
+    assert [result["talks"] for result in results] == [False, False]  # the gradients are known to be alike
+
+
+@TRAINERS
+def test_clip_acts_alike_on_both(pool: Pool, tmp_path: Path, trainer: str) -> None:
+    results = pool.run(f"trainers:{trainer}", run_dir=str(tmp_path / trainer), actions=[gw.Clip(max_norm=0.5)])
+    net = plain.train(tmp_path / "plain", actions=[gw.Clip(max_norm=0.5)])
+
+    assert results[0]["clip_coefficient"].min() < 1.0
+    for result in results:
+        for mine, reference in zip(result["weights"], net.parameters(), strict=True):
+            np.testing.assert_allclose(mine, reference.detach().numpy(), rtol=1e-5, atol=1e-7)

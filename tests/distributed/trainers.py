@@ -1,0 +1,133 @@
+"""Trainings by other libraries on several processes. Each function runs on every rank."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+import gradwatch as gw
+from gradwatch.integrations.torch_distributed import RankWatcher
+from tests.integrations import plain
+
+
+def _told_by_environment() -> tuple[int, int]:
+    """Rank and number, also told as torchrun tells them."""
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", ACCELERATE_USE_CPU="true", GROUP_RANK="0")
+    os.environ.update(TORCHELASTIC_RUN_ID="test")
+    warnings.simplefilter("ignore")  # of the libraries' own imports
+    return rank, count
+
+
+def _found(watcher: Any, net: nn.Module, run_dir: str) -> dict[str, Any]:
+    assert isinstance(watcher, RankWatcher)
+    assert not watcher.faults.messages, watcher.faults.messages
+    found: dict[str, Any] = {"weights": [parameter.detach().numpy() for parameter in net.parameters()]}
+    found["talks"] = watcher._ranks is not None
+    if distributed.get_rank() == 0:
+        run = gw.load(run_dir)
+        found |= {"norms": run.grad_norms().to_numpy(), "names": list(run.grad_norms().columns)}
+        found |= {"world_size": run.info.world_size, "marks": run.events("mark")}
+        found |= {"clip_coefficient": run.metrics()["clip_coefficient"].to_numpy()}
+    distributed.barrier()
+    return found
+
+
+def accelerate(run_dir: str, **settings: Any) -> dict[str, Any]:
+    """The plain loop, prepared."""
+    rank, count = _told_by_environment()
+    from accelerate import Accelerator
+
+    from gradwatch.integrations.accelerate import watch
+
+    accelerator = Accelerator(cpu=True)
+    net, (x, y) = plain.model(), plain.data()
+    wrapped, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=plain.RATE))
+    size = plain.BATCH // count
+    with watch(accelerator, wrapped, optimizer, run_dir=run_dir, **settings) as watcher:
+        for step in range(plain.STEPS):
+            start = step * plain.BATCH + rank * size
+            loss = plain.loss_of(wrapped(x[start : start + size]), y[start : start + size])
+            accelerator.backward(loss)
+            optimizer.step()
+            watcher.log(loss=loss)
+            optimizer.zero_grad()
+    return _found(watcher, net, run_dir)
+
+
+class _Regression(nn.Module):
+    """What the Trainer expects of a model: a dictionary with the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = plain.model()
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """The loss."""
+        return {"loss": plain.loss_of(self.net(x), y)}
+
+
+def transformers(run_dir: str, **settings: Any) -> dict[str, Any]:
+    """A `Trainer`, which hands the model inside its DistributedDataParallel to callbacks."""
+    _, count = _told_by_environment()
+    from transformers import Trainer, TrainingArguments
+
+    from gradwatch.integrations.transformers import GradWatch
+
+    class InOrder(Trainer):  # type: ignore[misc, unused-ignore]
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(range(plain.STEPS * plain.BATCH))
+
+    callback = GradWatch(run_dir=run_dir, **settings)
+    model, (x, y) = _Regression(), plain.data()
+    InOrder(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(Path(run_dir).parent / "out"),
+            per_device_train_batch_size=plain.BATCH // count,
+            learning_rate=plain.RATE, max_grad_norm=0.0, num_train_epochs=1, lr_scheduler_type="constant",
+            optim="sgd", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=[{"x": a, "y": b} for a, b in zip(x, y, strict=True)],
+        callbacks=[callback],
+    ).train()  # fmt: skip
+    return _found(callback.watcher, model, run_dir)
+
+
+def lightning(run_dir: str, **settings: Any) -> dict[str, Any]:
+    """A `LightningModule` under the strategy `ddp`."""
+    rank, count = _told_by_environment()
+    import pytorch_lightning as pl
+
+    from gradwatch.integrations.lightning import GradWatch
+
+    size = plain.BATCH // count
+
+    class Module(pl.LightningModule):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = plain.model()
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            x, y = batch
+            return plain.loss_of(self.net(x[0, rank * size :][:size]), y[0, rank * size :][:size])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=plain.RATE)
+
+    x, y = plain.data()
+    batches = torch.utils.data.TensorDataset(x.view(plain.STEPS, plain.BATCH, -1), y.view(plain.STEPS, plain.BATCH, -1))
+    callback, module = GradWatch(run_dir=run_dir, **settings), Module()
+    pl.Trainer(
+        max_epochs=1, accelerator="cpu", strategy="ddp", devices=count, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        default_root_dir=str(Path(run_dir).parent),
+        callbacks=[callback],  # type: ignore[list-item, unused-ignore]  # of the older name of the package
+    ).fit(module, torch.utils.data.DataLoader(batches, batch_size=1))  # fmt: skip
+    return _found(callback.watcher, module, run_dir)
