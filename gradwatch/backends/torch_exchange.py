@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradwatch.backends.torch_restart import restarts
+
 Numbers = npt.NDArray[np.float64]
 #: Seconds that the others have to say that they are there, once something failed.
 ROLL_CALL = 3.0
@@ -72,7 +74,8 @@ class Exchange:
     ) -> None:
         # The ranks must agree on a name without talking, also when an earlier run was watched on some of them only.
         _made[topic] += 1
-        self._name = f"gradwatch/{topic}/{_made[topic]}"
+        # The store of torchrun still has the addresses of the start before.
+        self._name = f"gradwatch/{topic}/{restarts()}.{_made[topic]}"
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.descriptions: list[Any] | None = None
         self.failure, self.lost = "", list[int]()

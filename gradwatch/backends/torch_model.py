@@ -40,6 +40,7 @@ def describe(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[list[Pa
         ModelError: No parameters, uninitialised lazy parameters, or an optimizer that holds none of the model's.
     """
     prefix = "module." if type(model).__name__ in _WRAPPERS else ""
+    inside = model.module if prefix else model
     named: dict[int, nn.Parameter] = {}
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -65,7 +66,7 @@ def describe(model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[list[Pa
                 layer=layer,
                 depth=depth.setdefault(layer, len(depth)),
                 dtype=str(parameter.dtype).removeprefix("torch."),
-                kind=type(modules.get(layer, model)).__name__,
+                kind=type(modules.get(layer, inside)).__name__,
                 activation=activations.get(layer, ""),
                 aliases=tuple(aliases),
                 trainable=parameter.requires_grad,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +23,13 @@ from gradwatch.backends.torch_device import host_or_copy
 from gradwatch.backends.torch_exchange import Exchange
 from gradwatch.backends.torch_own_norm import OwnNorm
 from gradwatch.backends.torch_partial import Sums, may_be_partial
+from gradwatch.backends.torch_restart import leave_word
 from gradwatch.backends.torch_sharding import AtBackward, holdings, is_wrapped_by_fsdp1, local, world
-from gradwatch.errors import ConfigurationError, GradwatchError
+from gradwatch.errors import ConfigurationError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_ranks import Ranks, Shape
 from gradwatch.integrations.torch_row import Row
 from gradwatch.integrations.torch_total import Total
-from gradwatch.reader import RunReader
 from gradwatch.records import Parameter, RunInfo
 
 #: What only trainings of several processes look at.
@@ -66,7 +66,6 @@ class RankWatcher(TorchWatcher):
         self._is_missing = False
         self._begin_hook: Any = None
         self._rank, self._world_size = world()
-        before = _world_before(settings) if self._rank == 0 else 0
         if self._rank:
             settings = {**settings, "record": False, "detectors": (), "start_step": settings.get("start_step", 0)}
         super().__init__(model, optimizers, **settings)
@@ -75,8 +74,6 @@ class RankWatcher(TorchWatcher):
         except BaseException:
             self.close("crashed", "could not join the other ranks")
             raise
-        if before not in (0, self._world_size):
-            self.mark(f"resumed with {self._world_size} ranks; there were {before} before")
 
     def _info(self) -> RunInfo:
         return dataclasses.replace(super()._info(), rank=self._rank, world_size=self._world_size)
@@ -214,6 +211,12 @@ class RankWatcher(TorchWatcher):
         else:
             self._ranks.decided(due)
 
+    def close(self, status: str = "finished", detail: str = "") -> None:
+        """See `TorchWatcher.close`."""
+        if status == "crashed" and not self.is_closed:
+            leave_word(str(self.settings.run_dir), self._rank, detail)
+        super().close(status, detail)
+
     def _finish(self, status: str) -> None:
         if self._own is not None:
             self._own.remove()
@@ -233,11 +236,3 @@ class RankWatcher(TorchWatcher):
 def _begins(backward: weakref.ref[Any]) -> None:
     if (end := backward()) is not None:
         end.begin()
-
-
-def _world_before(settings: Mapping[str, Any]) -> int:
-    """Number of ranks of the run that is resumed; 0 where there is none."""
-    try:
-        return RunReader(settings["run_dir"]).info.world_size if settings.get("resume") else 0
-    except (GradwatchError, KeyError):
-        return 0

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from gradwatch.backends.torch_restart import how_it_ended, last_words, restarts
 from gradwatch.backends.torch_sharding import world
-from gradwatch.errors import ModelError
+from gradwatch.errors import GradwatchError, ModelError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_attach import unwrapped
 from gradwatch.integrations.torch_distributed import RANK_SETTINGS, RankWatcher
+from gradwatch.reader import RunReader
+from gradwatch.records import RunInfo
 
 
 def watch_torch(
@@ -24,9 +27,31 @@ def watch_torch(
     loss_fn = settings.get("loss_fn")
     if loss_fn is not None and not isinstance(loss_fn, nn.Module):
         raise ModelError(f"'loss_fn' must be a torch.nn.Module: {loss_fn!r}")
-    _, count = world()
-    if count > 1:
-        return RankWatcher(model, optimizers, **settings)
-    for name in RANK_SETTINGS:
-        settings.pop(name, None)
-    return TorchWatcher(model, optimizers, **settings)
+    rank, count = world()
+    before = _resumed(settings) if rank == 0 else None
+    watcher = RankWatcher(model, optimizers, **settings) if count > 1 else _alone(model, optimizers, settings)
+    if before is not None:
+        _mark_restart(watcher, before, count)
+    return watcher
+
+
+def _alone(model: nn.Module, optimizers: Sequence[Optimizer], settings: Mapping[str, Any]) -> TorchWatcher:
+    return TorchWatcher(model, optimizers, **{k: v for k, v in settings.items() if k not in RANK_SETTINGS})
+
+
+def _resumed(settings: Mapping[str, Any]) -> RunInfo | None:
+    """The run that is resumed, if one is."""
+    try:
+        return RunReader(settings["run_dir"]).info if settings.get("resume", False) is not False else None
+    except (GradwatchError, KeyError):
+        return None
+
+
+def _mark_restart(watcher: TorchWatcher, before: RunInfo, count: int) -> None:
+    """Note in the record what a resumed run has behind it."""
+    size = before.world_size
+    if number := restarts():
+        ended = how_it_ended(last_words(str(watcher.settings.run_dir), size), size) or before.status_detail
+        watcher.mark(f"restart {number} by torchrun" + (f"; before it: {ended}" if ended else ""))
+    if size != count:
+        watcher.mark(f"resumed with {count} ranks; there were {size} before")
