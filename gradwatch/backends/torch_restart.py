@@ -56,6 +56,6 @@ def _key(topic: str, rank: int) -> str:
 def _store() -> Any:
     """The store without the prefix of this start."""
     store: Any = torch.distributed.distributed_c10d._get_default_store()
-    while isinstance(store, torch.distributed.PrefixStore):
+    while isinstance(store, torch.distributed.distributed_c10d.PrefixStore):
         store = store.underlying_store
     return store

@@ -8,6 +8,7 @@ import sys
 
 import torch
 from torch import distributed, nn
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 import gradwatch as gw
 
@@ -18,10 +19,9 @@ def main(run_dir: str) -> None:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     is_first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     # By itself torch 2.13 may find the addresses of the first start in the store of torchrun.
-    store = distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    distributed.init_process_group(
-        "gloo", store=distributed.PrefixStore(f"start {is_first}", store), rank=rank, world_size=count
-    )
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    own = PrefixStore(f"start {is_first}", store)
+    distributed.init_process_group("gloo", store=own, rank=rank, world_size=count)
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
