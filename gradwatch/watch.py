@@ -16,7 +16,7 @@ def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
     actions that were asked for. Without actions the training stays bit-identical.
 
     Args:
-        model: A `torch.nn.Module`, compiled or not, or a Keras model.
+        model: A `torch.nn.Module`, compiled or not, a DeepSpeed engine, or a Keras model.
         optimizer: One optimizer, a list of them, or None for every optimizer that holds parameters of the model.
         settings: `run_dir`, `actions`, `alerts`, `sinks`, `detectors` and the other fields of
             `gradwatch.watcher.Settings`; for PyTorch also `loss_fn`, a loss module whose output is the loss.
@@ -50,6 +50,11 @@ def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
         from gradwatch.integrations.keras_loop import watch_keras
 
         return watch_keras(model, optimizer, **settings)
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
+        from gradwatch.integrations.deepspeed import DeepSpeedWatcher
+
+        return DeepSpeedWatcher(model, **settings)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):
         from gradwatch.integrations.torch_watch import watch_torch

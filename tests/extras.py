@@ -25,6 +25,7 @@ EXTRAS = {
     "dev": ("duckdb", "polars"),
     "fastai": ("fastai",),
     "flax": ("flax", "optax"),
+    "deepspeed": ("deepspeed",),
 }
 #: Server to its program.
 SERVERS = {"prometheus": "prometheus"}

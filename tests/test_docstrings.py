@@ -26,7 +26,7 @@ NEEDS = {
     "optax": ("optax*.py", "jax*.py"),
 }
 #: The same for the extras of `tests/extras.py`.
-NEEDS_EXTRA = {"fastai": ("integrations/fastai.py",)}
+NEEDS_EXTRA = {"fastai": ("integrations/fastai.py",), "deepspeed": ("deepspeed*.py",)}
 
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py"]
 

@@ -36,7 +36,7 @@ ROWS = (
 #: What may be imported at the top of a file that `import gradwatch` or a watcher loads.
 FRAMEWORKS = {
     "torch", "tensorflow", "keras", "jax", "lightning", "transformers", "accelerate", "ignite", "skorch", "fastai",
-    "optax",
+    "optax", "deepspeed",
 }  # fmt: skip
 #: Declared name to the name in `import`, where they differ.
 IMPORTED_AS = {"pillow": "PIL", "pytorch_ignite": "ignite", "mlflow_skinny": "mlflow"}

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.watcher import Watcher
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
 
-def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings: Any) -> TorchWatcher:
+def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings: Any) -> Watcher:
     """Watch what `accelerator.prepare` returned; called in every process, at the same place.
 
     Norms are those before `accelerator.clip_grad_norm_`; one row is one step of the optimizer, however many batches are
@@ -31,4 +31,8 @@ def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings
     """
     if accelerator.project_dir is not None:
         settings.setdefault("run_dir", Path(accelerator.project_dir) / "gradwatch")
+    if accelerator.distributed_type == "DEEPSPEED":
+        from gradwatch.integrations.deepspeed import DeepSpeedWatcher
+
+        return DeepSpeedWatcher(model, **settings)
     return watch_torch(model, optimizer, **settings)

@@ -147,22 +147,6 @@ def test_clip_costs_one_collective_a_step(pool: Pool, tmp_path: Path) -> None:
         assert np.diff(counts)[:4].tolist() == [int(is_talking)] * 4, kind
 
 
-@pytest.mark.parametrize("actions", ["Clip", "Clip per layer", "SkipStep and Clip", "ZClip"])
-def test_actions_on_parts_read_no_number_of_an_accelerator_on_the_host(
-    pool: Pool, tmp_path: Path, actions: str
-) -> None:
-    results = pool.run("as_on_accelerator", run_dir=str(tmp_path / "device"), actions=actions)
-    host = pool.run("as_on_accelerator", run_dir=str(tmp_path / "host"), actions=actions, is_host=True)
-
-    for mine, other in zip(results, host, strict=True):
-        assert mine["waits"] == []
-        assert other["waits"] != []
-        assert mine["collectives"] == [1] * 4
-        for left, right in zip(mine["weights"], other["weights"], strict=True):
-            np.testing.assert_allclose(left, right, atol=1e-6)
-    np.testing.assert_allclose(results[0]["record"]["norms"], host[0]["record"]["norms"], rtol=1e-5)
-
-
 def alone_with_sequences(clip: float = 0.0, decay: float = 0.0) -> tuple[Any, Any, list[Any]]:
     """Norms, what `clip_grad_norm_` returned, and the weights, of one process."""
     model = transformer_like()

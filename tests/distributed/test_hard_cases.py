@@ -130,3 +130,19 @@ def test_a_restart_with_another_number_of_ranks_goes_on_with_the_run(pool: Pool,
     assert record["steps"] == list(range(10))
     assert record["world_size"] == 3
     assert record["marks"] == ["resumed with 3 ranks; there were 2 before"]
+
+
+@pytest.mark.parametrize("actions", ["Clip", "Clip per layer", "SkipStep and Clip", "ZClip"])
+def test_actions_on_parts_read_no_number_of_an_accelerator_on_the_host(
+    pool: Pool, tmp_path: Path, actions: str
+) -> None:
+    results = pool.run("as_on_accelerator", run_dir=str(tmp_path / "device"), actions=actions)
+    host = pool.run("as_on_accelerator", run_dir=str(tmp_path / "host"), actions=actions, is_host=True)
+
+    for mine, other in zip(results, host, strict=True):
+        assert mine["waits"] == []
+        assert other["waits"] != []
+        assert mine["collectives"] == [1] * 4
+        for left, right in zip(mine["weights"], other["weights"], strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-6)
+    np.testing.assert_allclose(results[0]["record"]["norms"], host[0]["record"]["norms"], rtol=1e-5)

@@ -50,3 +50,27 @@ def test_clip_acts_alike_on_both(pool: Pool, tmp_path: Path, trainer: str) -> No
     for result in results:
         for mine, reference in zip(result["weights"], net.parameters(), strict=True):
             np.testing.assert_allclose(mine, reference.detach().numpy(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.needs("deepspeed")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_records_the_norms_of_one_process(pool: Pool, tmp_path: Path, stage: int, accumulate: int) -> None:
+    arguments = {"stage": stage, "clip": 0.5, "accumulate": accumulate}
+    result = pool.run("trainers:deepspeed", run_dir=str(tmp_path / "ds"), **arguments)[0]
+    net = plain.train(tmp_path / "plain", max_norm=0.5)
+
+    np.testing.assert_allclose(result["norms"], plain.norms(tmp_path / "plain"), rtol=1e-5)
+    expected = gw.load(tmp_path / "plain").metrics()["clip_coefficient"]
+    np.testing.assert_allclose(result["metrics"]["clip_coefficient"], expected, rtol=1e-4)
+    assert result["metrics"]["lr"] == [plain.RATE] * plain.STEPS
+    assert np.isfinite(result["metrics"]["loss"]).all()
+    assert result["shapes"] == [tuple(parameter.shape) for parameter in net.parameters()]
+    assert result["marks"] == []
+
+
+@pytest.mark.needs("deepspeed")
+def test_actions_under_deepspeed_are_refused(pool: Pool, tmp_path: Path) -> None:
+    errors = pool.run("trainers:deepspeed_with_actions", run_dir=str(tmp_path / "ds"))
+
+    assert errors == ["'actions' are not carried out under DeepSpeed: use its gradient_clipping"] * 2

@@ -7,10 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, distributed, nn
 
 import gradwatch as gw
+from gradwatch.errors import ConfigurationError
 from gradwatch.integrations.torch_distributed import RankWatcher
 from tests.integrations import plain
 
@@ -131,3 +133,46 @@ def lightning(run_dir: str, **settings: Any) -> dict[str, Any]:
         callbacks=[callback],  # type: ignore[list-item, unused-ignore]  # of the older name of the package
     ).fit(module, torch.utils.data.DataLoader(batches, batch_size=1))  # fmt: skip
     return _found(callback.watcher, module, run_dir)
+
+
+def _engine(net: nn.Module, size: int, *, stage: int, **config: Any) -> Any:
+    import deepspeed
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=plain.RATE)
+    settings = {"train_micro_batch_size_per_gpu": size, "zero_allow_untested_optimizer": True, **config}
+    settings["zero_optimization"] = {"stage": stage}
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
+    return engine
+
+
+def deepspeed_with_actions(run_dir: str) -> str:
+    """What is said to somebody who wants to act."""
+    _told_by_environment()
+    with pytest.raises(ConfigurationError) as told:
+        gw.watch(_engine(plain.model(), 4, stage=1), run_dir=run_dir, actions=[gw.Clip(max_norm=1.0)])
+    return str(told.value)
+
+
+def deepspeed(run_dir: str, *, stage: int, clip: float, accumulate: int) -> dict[str, Any]:
+    """An engine with ZeRO; its loop is the plain one, in parts."""
+    rank, count = _told_by_environment()
+    net, (x, y) = plain.model(), plain.data()
+    size = plain.BATCH // count // accumulate
+    engine = _engine(net, size, gradient_accumulation_steps=accumulate, gradient_clipping=clip, stage=stage)
+    with gw.watch(engine, run_dir=run_dir, flush_every=5) as watcher:
+        for step in range(plain.STEPS):
+            for micro in range(accumulate):
+                start = step * plain.BATCH + (rank * accumulate + micro) * size
+                loss = plain.loss_of(engine(x[start : start + size]), y[start : start + size])
+                engine.backward(loss)
+                engine.step()
+            watcher.log(loss=loss)
+    assert not watcher.faults.messages, watcher.faults.messages
+    assert "step" not in engine.__dict__
+    found: dict[str, Any] = {}
+    if rank == 0:
+        run = gw.load(run_dir)
+        found = {"norms": run.grad_norms().to_numpy(), "metrics": run.metrics().to_dict("list")}
+        found |= {"shapes": [parameter.shape for parameter in run.info.parameters], "marks": run.events("mark")}
+    distributed.barrier()
+    return found
