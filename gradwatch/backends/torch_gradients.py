@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradwatch.backends.torch_device import DeviceNorms, on_host
 from gradwatch.backends.torch_norms import CpuNorms
+from gradwatch.backends.torch_partial import may_be_partial
 from gradwatch.backends.torch_sharding import is_dtensor, is_partial, local
 from gradwatch.backends.torch_statistics import CpuExtremes, Updates, device_extremes
 from gradwatch.records import NOT_MEASURED
@@ -184,6 +185,7 @@ class Gradients:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self._is_sharded = any(map(is_dtensor, parameters))
+        self._copies = [place for place, each in enumerate(parameters) if self._is_sharded and may_be_partial(each)]
         self._present = Present(range(len(self.parameters)), len(self.parameters))
         self._plans: dict[tuple[int, ...], CpuNorms | DeviceNorms] = {}
         self._plan: CpuNorms | DeviceNorms | None = None
@@ -215,7 +217,10 @@ class Gradients:
         if measured is None or versions is None:
             measured = self._find(grads)
             versions = list(map(_VERSION, measured))
-        return Measurement(self._norms(measured), grads, self._present, versions)
+        norms = self._norms(measured)
+        if self._copies:
+            norms = self._without_sums(norms, grads)
+        return Measurement(norms, grads, self._present, versions)
 
     def _find(self, grads: Grads) -> Sequence[Any]:
         """Note which gradients there are, other ones than last time; these."""
@@ -228,7 +233,7 @@ class Gradients:
 
         Numpy for gradients on the host; those of an accelerator stay there. `NOT_MEASURED` without gradient.
         """
-        if self._is_sharded:
+        if self._copies:
             grads = [None if is_partial(grad) else grad for grad in grads]
         places = tuple(i for i, grad in enumerate(grads) if grad is not None)
         present = local([grad for grad in grads if grad is not None])
@@ -264,29 +269,28 @@ class Gradients:
         """Norms at all places, of the gradients that are there."""
         if not measured:
             return np.full(len(self.parameters), NOT_MEASURED, np.float32)
-        sums: list[int] = []
         if self._is_sharded:
-            sums = [place for place, grad in zip(self._present.places, measured, strict=True) if is_partial(grad)]
             measured = local(measured)
         try:
             found = (self._plan or self._planned(measured))(measured)
         except (RuntimeError, TypeError):
             # A gradient changed its layout, shape or device (a sparse one became dense): plan again.
             found = self._planned(measured)(measured)
-        if not (self._present.is_all or isinstance(found, Tensor)):
-            norms = np.full(len(self.parameters), NOT_MEASURED, np.float32)
-            norms[self._present.index] = found
-            found = norms
-        return self._without(sums, found)
+        if self._present.is_all or isinstance(found, Tensor):
+            return found
+        norms = np.full(len(self.parameters), NOT_MEASURED, np.float32)
+        norms[self._present.index] = found
+        return norms
 
-    def _without(self, sums: list[int], values: Any) -> Any:
-        """The values, of shape (..., number of parameters); none for gradients of which this rank has only a term."""
+    def _without_sums(self, norms: Any, grads: Grads) -> Any:
+        """The norms but those of gradients that are still sums over ranks, of which this rank has a term."""
+        sums = [place for place in self._copies if is_partial(grads[place])]
         if not sums:
-            return values
-        if isinstance(values, Tensor):
-            return values.index_fill(-1, self._index(tuple(sums), values.device), NOT_MEASURED)
-        values[..., sums] = NOT_MEASURED
-        return values
+            return norms
+        if isinstance(norms, Tensor):
+            return norms.index_fill(0, self._index(tuple(sums), norms.device), NOT_MEASURED)
+        norms[sums] = NOT_MEASURED
+        return norms
 
     def _planned(self, measured: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
         if len(self._plans) >= _MOST_PLANS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradwatch.backends.torch_device import beside, on_host
 from gradwatch.backends.torch_norms import flat
 
 
@@ -35,9 +35,13 @@ class OwnNorm:
         if tensor.grad is not None:
             self._squares[place] = torch.linalg.vector_norm(flat(tensor.grad), dtype=torch.float64).square()
 
-    def norm(self) -> float:
-        """Of the last backward pass, over all parameters."""
-        return math.sqrt(sum(float(square) for square in self._squares.values()))
+    def norm(self) -> Any:
+        """Of the last backward pass, over all parameters; on an accelerator a scalar tensor that nobody waits for."""
+        squares = list(self._squares.values())
+        if not squares:
+            return 0.0
+        norm = torch.stack([beside(square, squares[0]) for square in squares]).sum().sqrt()
+        return float(norm) if on_host(norm) else norm
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -164,7 +164,7 @@ class RankWatcher(TorchWatcher):
         """See `TorchWatcher.before_step`."""
         result = super().before_step(optimizer, args, kwargs)
         if self._own is not None and self._row is not None:
-            self._row.metrics[f"rank_norm.{self._rank}"] = self._own.norm()
+            self._row.put_metric(f"rank_norm.{self._rank}", self._own.norm())
         return result
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -233,23 +233,25 @@ def sequence_parallel(
     return found
 
 
-def as_on_accelerator(run_dir: str, actions: str, *, is_host: bool = False) -> dict[str, Any]:
-    """A sharded model whose tensors are taken for those of an accelerator; counts what would make the host wait."""
+def as_on_accelerator(
+    run_dir: str, actions: str, *, kind: str = "fsdp2", is_host: bool = False, **more: Any
+) -> dict[str, Any]:
+    """A model whose tensors are taken for those of an accelerator; counts what would make the host wait."""
     before, torch_device.HOST = torch_device.HOST, ("cpu",) if is_host else ()
-    model, _ = build("fsdp2")
+    model, _ = build(kind)
     optimizer = AdamW(model.parameters(), lr=0.05, fused=True)
-    settings: dict[str, Any] = {"flush_every": 50, "stats_every": 5, "actions": ACTIONS[actions]}
+    settings: dict[str, Any] = {"flush_every": 50, "stats_every": 5, "actions": ACTIONS[actions], **more}
     counts = []
     with gw.watch(model, optimizer, run_dir=run_dir, **settings) as watcher, Waits() as waits:
         for step in range(10):
             optimizer.zero_grad()
-            loss = backward("fsdp2", model, step)
+            loss = backward(kind, model, step)
             optimizer.step()
             watcher.log(loss=loss)
             counts.append(watcher._ranks.exchange.collectives)  # type: ignore[attr-defined]
     torch_device.HOST = before
     assert not watcher.faults.messages, watcher.faults.messages
-    found = {"weights": weights("fsdp2", model), "waits": waits.names, "collectives": np.diff(counts)[-4:].tolist()}
+    found = {"weights": weights(kind, model), "waits": waits.names, "collectives": np.diff(counts)[-4:].tolist()}
     if distributed.get_rank() == 0:
         found["record"] = record_of(run_dir)
     distributed.barrier()

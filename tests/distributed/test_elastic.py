@@ -15,6 +15,7 @@ import pytest
 
 import gradwatch as gw
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "elastic.py"
 #: Seconds until a hang fails the test.
 LIMIT = 120

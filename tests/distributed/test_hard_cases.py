@@ -146,3 +146,14 @@ def test_actions_on_parts_read_no_number_of_an_accelerator_on_the_host(
         for left, right in zip(mine["weights"], other["weights"], strict=True):
             np.testing.assert_allclose(left, right, atol=1e-6)
     np.testing.assert_allclose(results[0]["record"]["norms"], host[0]["record"]["norms"], rtol=1e-5)
+
+
+def test_each_ranks_own_norm_is_not_waited_for_on_an_accelerator(pool: Pool, tmp_path: Path) -> None:
+    arguments = {"actions": "", "kind": "ddp", "per_rank": True}
+    results = pool.run("as_on_accelerator", run_dir=str(tmp_path / "device"), **arguments)
+    host = pool.run("as_on_accelerator", run_dir=str(tmp_path / "host"), is_host=True, **arguments)
+
+    assert [result["waits"] for result in results] == [[], []]
+    for rank in range(2):
+        mine, other = (each[0]["record"]["metrics"][f"rank_norm.{rank}"] for each in (results, host))
+        np.testing.assert_allclose(mine, other, rtol=1e-6)

@@ -32,7 +32,7 @@ class ToldOnDevice(Optimizer):
         super().__init__(parameters, {"lr": 0.1, "fused": True})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Descend."""
         factor = 1.0 - getattr(self, "found_inf", torch.zeros((), device="meta"))
         for group in self.param_groups:
