@@ -24,8 +24,10 @@ import torch
 from gradwatch.backends.torch_restart import restarts
 
 Numbers = npt.NDArray[np.float64]
-#: Seconds that the others have to say that they are there, once something failed.
-ROLL_CALL = 3.0
+#: Seconds that the others have to say that they are there, once something failed; besides, until they next look.
+ROLL_CALL = 2.0
+#: Looks of all ranks together, a second, whether somebody calls the roll.
+_LOOKS = 1000
 #: How long a collective on a device may take: those of the training itself shall be the ones that time out.
 _NEVER = timedelta(days=1)
 #: Exchanges of this process so far, by topic.
@@ -80,8 +82,10 @@ class Exchange:
         self.descriptions: list[Any] | None = None
         self.failure, self.lost = "", list[int]()
         self.collectives = 0
+        self._patrol = max(1.0, world_size / _LOOKS)
         self._met = threading.Event()
         self._queue: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._pending: Message | None = None
         self._store = torch.distributed.distributed_c10d._get_default_store()
         self._in_step: dict[str, Any] = {}
         # A store serves one call at a time: a wait of ours must not hold up one of the user's.
@@ -105,8 +109,10 @@ class Exchange:
 
     def arrived(self, message: Message, timeout: float | None = None) -> bool:
         """Wait for an exchange; whether it succeeded. One that takes too long ends the talking."""
-        if not message.done.wait(self.timeout if timeout is None else timeout):
-            self._fail(f"no answer within {self.timeout:g} s")
+        limit = self.timeout if timeout is None else timeout
+        # Behind the limit the thread gives up by itself, and looks who is there.
+        if not message.done.wait(limit) and not (limit and message.done.wait(self._patrol + ROLL_CALL + 1.0)):
+            self._fail(f"no answer within {limit:g} s")
         return message.is_well
 
     def add_up(self, numbers: torch.Tensor) -> None:
@@ -126,7 +132,11 @@ class Exchange:
                 self._in_step[kind] = self._nccl() if _has_nccl(kind) else self._group("in-step")
             self._reduce(self._in_step[kind], numbers)
         except Exception as error:
-            self._fail(str(error))
+            self._fail(str(error).partition("\n")[0])
+            self._in_step.clear()  # ranks that wait for this one do so no longer
+            with contextlib.suppress(Exception):
+                self._store.set(f"{self._name}/roll", "yes")
+            self._thread.join(2 * self._patrol + ROLL_CALL)
             raise
 
     def close(self) -> None:
@@ -135,23 +145,43 @@ class Exchange:
         self._thread.join(self.timeout if not self.failure else ROLL_CALL)
 
     def _run(self, description: Mapping[str, Any]) -> None:
-        message: Message | None = None
+        why = self._talk(description)
+        if why:  # the group has gone by now, so that ranks that wait for this one in it do so no longer
+            self._call_roll()
+            self._fail(why)
+        self._met.set()
+        while self._pending is not None:
+            self._pending.done.set()
+            self._pending = None if self._queue.empty() else self._queue.get()
+
+    def _talk(self, description: Mapping[str, Any]) -> str:
+        """Exchange messages until there are no more; gives why that ended early."""
         try:
             group = self._group("flush")
             self.descriptions = [json.loads(text) for text in self._gather(group, json.dumps(description).encode())]
             self._met.set()
-            while (message := self._queue.get()) is not None:
+            while (message := self._next()) is not None:
+                self._pending = message
                 self._meet(group, message)
                 message.is_well = not self.failure
                 message.done.set()
         except Exception as error:  # noqa: BLE001 -- of whatever kind: the training goes on without the others
-            self._fail(str(error).partition("\n")[0])
-            self._call_roll()
-        finally:
-            self._met.set()
-            while message is not None:
-                message.done.set()
-                message = None if self._queue.empty() else self._queue.get()
+            return str(error).partition("\n")[0] or "unknown"
+        return ""
+
+    def _next(self) -> Message | None:
+        """Wait for a message, and meanwhile for a roll call: a rank that waits for others elsewhere answers too."""
+        while True:
+            try:
+                return self._queue.get(timeout=self._patrol)
+            except queue.Empty:
+                if self._is_called():
+                    raise RuntimeError("another rank has ended the exchange") from None
+
+    def _is_called(self) -> bool:
+        with contextlib.suppress(Exception):  # the store may be gone with the rank that kept it
+            return bool(self._store.check([f"{self._name}/roll"]))
+        return False
 
     def _group(self, kind: str) -> Any:
         store = torch.distributed.distributed_c10d.PrefixStore(f"{self._name}/{kind}", self._store)
@@ -227,11 +257,12 @@ class Exchange:
         self.failure = self.failure or why or "unknown"
 
     def _call_roll(self) -> None:
-        """Say that this rank is there; rank 0 looks who else is."""
+        """Say that this rank is there, and ask the others; rank 0 looks who answers."""
         keys: Sequence[str] = [f"{self._name}/here/{rank}" for rank in range(self.world_size)]
         with contextlib.suppress(Exception):  # the store may be gone with the rank that was lost
             self._store.set(keys[self.rank], "yes")
-            until = time.monotonic() + ROLL_CALL
+            self._store.set(f"{self._name}/roll", "yes")
+            until = time.monotonic() + self._patrol + ROLL_CALL
             while self.rank == 0 and time.monotonic() < until:
                 self.lost = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
                 if not self.lost:

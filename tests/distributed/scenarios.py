@@ -404,11 +404,11 @@ def personal(run_dir: str) -> Any:
     return own, record_of(run_dir) if rank == 0 else None
 
 
-def killed(run_dir: str, kind: str) -> Any:
+def killed(run_dir: str, kind: str, actions: str = "DecayLR") -> Any:
     """The last rank is killed between two steps; the others go on alone as far as torch lets them."""
     rank, count = distributed.get_rank(), distributed.get_world_size()
     model, optimizer = build(kind)
-    watcher = gw.watch(model, optimizer, run_dir=run_dir, actions=ACTIONS["DecayLR"], flush_every=3, rank_timeout=10.0)
+    watcher = gw.watch(model, optimizer, run_dir=run_dir, actions=ACTIONS[actions], flush_every=3, rank_timeout=10.0)
     _loop(model, optimizer, watcher, range(8), kind)
     if rank == count - 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -421,7 +421,9 @@ def killed(run_dir: str, kind: str) -> Any:
         error = type(raised).__name__
     own.step()
     watcher.close("crashed", error)
-    return error, record_of(run_dir) if rank == 0 else None
+    if rank:
+        os._exit(1)  # as a process that raised: others may be waiting for it
+    return error, record_of(run_dir)
 
 
 def first_life(run_dir: str, steps: int = 5) -> Any:

@@ -22,8 +22,8 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture
-def doomed() -> Iterator[Pool]:
-    made = Pool(2)
+def doomed(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    made = Pool(request.param)
     yield made
     made.close()
 
@@ -107,16 +107,16 @@ def test_each_ranks_own_norm_tells_which_one_had_the_bad_batch(pool: Pool, tmp_p
     assert record["metrics"]["skipped"][6] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("doomed", "kind"), [(2, "ddp"), (4, "fsdp2")], indirect=["doomed"])
 def test_a_rank_that_is_killed_is_in_the_record(doomed: Pool, tmp_path: Path, kind: str) -> None:
     results = doomed.run("killed", run_dir=str(tmp_path / "run"), kind=kind)
 
-    assert results[1] is None
+    assert results[1:] == [None] * (doomed.count - 1)
     error, record = results[0]
     assert error == "RuntimeError"  # torch's own
     assert record["steps"][:8] == list(range(8))
     assert record["status"] == "crashed"
-    assert "no sign of life from rank 1" in record["marks"][-1]
+    assert f"no sign of life from rank {doomed.count - 1};" in record["marks"][-1]
 
 
 def test_a_restart_with_another_number_of_ranks_goes_on_with_the_run(pool: Pool, tmp_path: Path) -> None:
