@@ -211,6 +211,8 @@ def test_a_watched_model_can_be_pickled_while_a_remedy_waits_for_its_batch(run_d
 @pytest.mark.parametrize(
     ("actions", "model", "words"),
     [
+        (lambda: [DecayLR(on="explodes")], nn.Linear(2, 1), "unknown rule 'explodes'; did you mean 'exploding'"),
+        (lambda: [DecayLR(factor=1.5)], nn.Linear(2, 1), "'factor' must be < 1: 1.5"),
         ([Reinitialize()], nn.BatchNorm1d(2), "Reinitialize.* finds no linear, convolutional or recurrent layer"),
         ([Rollback(keep=10**9)], nn.Linear(2, 1), "Rollback.* needs .* of memory and .* are free"),
         ([Rollback(keep=10**12, where="disk")], nn.Linear(2, 1), "Rollback.* needs .* of disk"),
@@ -223,7 +225,7 @@ def test_misuse_is_refused_by_watch(actions: Any, model: Any, words: str, run_di
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
     with pytest.raises(ConfigurationError, match=words):
-        gw.watch(model, optimizer, run_dir=run_dir, actions=actions)
+        gw.watch(model, optimizer, run_dir=run_dir, actions=actions() if callable(actions) else actions)
 
 
 def test_the_record_keeps_the_outcome_under_the_id_of_the_action(run_dir: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from gradwatch.errors import ConfigurationError
 from tests.actions import references
 
 EPSILON = 1e-6
+#: What published code gave for recorded norms; "about" says which.
+PUBLISHED = json.loads((Path(__file__).parent / "published_clips.json").read_text(encoding="utf-8"))
 
 
 def recorded_norms(steps: int = 300) -> list[float]:
@@ -84,6 +88,24 @@ def test_agc_clips_unit_by_unit_as_published(shape: tuple[int, ...]) -> None:
     scale_units(AGC(), [weight], np.array([False]), np.array([1.0]))
 
     assert weight.grad.numpy() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("action", "name"), [(ZClip(), "zclip"), (AutoClip(10.0), "autoclip 10"), (AutoClip(50.0), "autoclip 50")]
+)
+def test_scales_are_those_of_the_published_code(action: InStepAction, name: str) -> None:
+    assert scales(action, PUBLISHED["norms"]) == pytest.approx(PUBLISHED[name], rel=1e-9)
+    assert 0 < sum(scale < 1.0 for scale in PUBLISHED[name]) < 150
+
+
+@pytest.mark.parametrize("case", PUBLISHED["agc"], ids=["matrix", "filters", "vector"])
+def test_agc_gives_what_optax_gives(case: dict[str, Any]) -> None:
+    weight = nn.Parameter(torch.tensor(case["weight"], dtype=torch.float64))
+    weight.grad = torch.tensor(case["grad"], dtype=torch.float64)
+
+    scale_units(AGC(), [weight], np.array([False]), np.array([1.0]))
+
+    assert weight.grad.flatten().tolist() == pytest.approx(case["clipped"], rel=1e-9)
 
 
 @pytest.mark.parametrize("action", [ZClip(), AutoClip(), Clip(max_norm=1.0)], ids=repr)

@@ -161,6 +161,28 @@ def test_clip_ends_where_clip_grad_norm_ends(run_dir: Path, name: str) -> None:
     assert (record.metric("clip_coefficient") < 1).any()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-7), (torch.float32, 2.0**-23)])
+def test_clipped_gradients_are_those_of_clip_grad_norm_in_double(
+    run_dir: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    model = mlp(width=256).to(dtype)
+    exact = [nn.Parameter(torch.zeros_like(p, dtype=torch.float64)) for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with watching(run_dir, model, optimizer, actions=[Clip(max_norm=0.05)]):
+        for x, y in data(5):
+            optimizer.zero_grad()
+            mse(model, x.to(dtype), y.to(dtype)).backward()
+            for one, other in zip(exact, model.parameters(), strict=True):
+                assert other.grad is not None
+                one.grad = other.grad.double()
+            # In single precision torch's own norm is off by 4e-5 at two million numbers.
+            nn.utils.clip_grad_norm_(exact, 0.05)
+            optimizer.step()
+            for one, other in zip(exact, model.parameters(), strict=True):
+                assert one.grad is not None
+                torch.testing.assert_close(other.grad, one.grad.to(dtype), rtol=tolerance, atol=0.0)
+
+
 def test_clip_holds_the_limit_and_the_direction(run_dir: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

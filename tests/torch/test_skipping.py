@@ -59,6 +59,32 @@ def test_a_poisoned_batch_leaves_no_trace(run_dir: Path, name: str) -> None:
     assert record.metric("skipped").tolist() == [float(i in BAD) for i in range(12)]
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("is_scaled", [True, False], ids=["GradScaler", "bfloat16"])
+def test_a_poisoned_batch_leaves_no_trace_in_mixed_precision(run_dir: Path, fused: bool, is_scaled: bool) -> None:
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4096.0, growth_interval=3, enabled=is_scaled)
+        for x, y in batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=not is_scaled):
+                loss = mse(model, x, y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    batches = data(12)
+    poisoned = [(x * float("inf") if i in BAD else x, y) for i, (x, y) in enumerate(batches)]
+    clean, watched = mlp(inplace=False), mlp(inplace=False)
+    of_clean, of_watched = (torch.optim.Adam(m.parameters(), lr=1e-2, fused=fused) for m in (clean, watched))
+
+    train(clean, of_clean, [batch for i, batch in enumerate(batches) if i not in BAD])
+    with watching(run_dir, watched, of_watched, actions=[SkipStep()]) as (_, record):
+        train(watched, of_watched, poisoned)
+
+    assert_same(state_of(watched, of_watched), state_of(clean, of_clean))
+    assert record.metric("skipped").tolist() == [float(i in BAD) for i in range(12)]
+
+
 def test_a_spike_is_skipped_after_the_warm_up(run_dir: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
