@@ -2,9 +2,9 @@
 
     python -m benchmarks.rollback --seeds 0,1,2
 
-The network of `gradwatch demo` on its digits: healthy; and with an accident at step 500, once only watched and once with
-`Rollback`. After it the run goes on with the batches that come next, in the same process. Accuracy is of the thousand
-digits held back; it must be within one percent of the healthy run's.
+The network of `gradwatch demo` on its digits: healthy; and with an accident at step 500, once only watched and once
+with `Rollback`. After it the run goes on with the batches that come next, in the same process. Accuracy is of the
+thousand digits held back; it must be within one percent of the healthy run's.
 """
 
 from __future__ import annotations

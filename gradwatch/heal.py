@@ -23,8 +23,10 @@ from gradwatch.remedies.network import Change, layers_of
 from gradwatch.remedies.structure import is_saturating
 from gradwatch.watch import watch
 
-#: Share of the candidates that goes on to the next, longer round.
-_KEEP = 0.4
+#: Share of the candidates that goes on to the next, longer round; the last is a race of two.
+_KEEP, _LAST = 0.4, 2
+#: Steps below which a round says nothing.
+_LEAST = 3
 #: Losses at the end of a fork that its rank is taken from.
 _TAIL = 10
 #: A loss that has fallen by this share of the first one shows that something is learnt.
@@ -82,7 +84,7 @@ class Fork:
         training: Its training, which can go on.
         steps: Steps taken.
         losses: Their losses.
-        findings: What was found in its last round.
+        findings: What was found.
         failed: Why the candidate could not be applied; empty when it could.
     """
 
@@ -92,6 +94,7 @@ class Fork:
     losses: list[float] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     failed: str = ""
+    _state: Any = field(default=None, init=False, repr=False)
 
     @property
     def loss(self) -> float:
@@ -110,11 +113,14 @@ class Fork:
         training = self.training
         with tempfile.TemporaryDirectory() as folder:
             with watch(training.model, training.optimizer, run_dir=Path(folder) / "run", actions=actions) as watcher:
+                if self._state is not None:
+                    watcher.load_state_dict(self._state)
                 watcher._policy.state.lr_factor = self.candidate.lr_factor  # noqa: SLF001 -- a factor from the start
                 for k in range(self.steps, self.steps + steps):
                     self.losses.append(float(training.step(k)))
                     watcher.log(loss=self.losses[-1])
-            self.findings = watcher.findings
+                self._state = watcher.state_dict()
+            self.findings = list({finding.id: finding for finding in [*self.findings, *watcher.findings]}.values())
         self.steps = len(self.losses)
 
     @property
@@ -220,6 +226,7 @@ def usual_candidates(*, restructure: bool = True) -> list[Candidate]:
         Candidate("none"),
         Candidate("learning rate / 10", lr_factor=0.1),
         Candidate("learning rate / 100", lr_factor=0.01),
+        Candidate("learning rate / 1000", lr_factor=0.001),
         Candidate("initialised", _initialised),
         Candidate("fitted to a batch", _fitted),
         Candidate("fitted, learning rate / 10", _fitted, lr_factor=0.1),
@@ -281,15 +288,24 @@ def _forked(candidate: Candidate, make_training: Callable[[], Training]) -> Fork
 
 def _race(forks: list[Fork], budget: int, advance: Callable[[int], None]) -> None:
     """Successive halving: each round costs the same, and has fewer runners than the one before."""
-    rounds = 1 if len(forks) < 2 else 1 + math.ceil(math.log(len(forks)) / -math.log(_KEEP))
-    while forks and rounds:
-        length = max(1, budget // rounds // len(forks))
+    fields = _fields(len(forks), budget)
+    for place, runners in enumerate(fields):
+        length = max(1, budget // (len(fields) - place) // runners)
+        forks = sorted(forks, key=lambda fork: fork.rank)[:runners]
         for fork in forks:
             fork.run(length)
             advance(length)
-        budget -= length * len(forks)
-        rounds -= 1
-        forks = sorted(forks, key=lambda fork: fork.rank)[: max(1, math.ceil(_KEEP * len(forks)))]
+        budget -= length * runners
+
+
+def _fields(count: int, budget: int) -> list[int]:
+    """How many run in each round; fewer rounds where they would be too short."""
+    fields = [count]
+    while fields[-1] > _LAST:
+        fields.append(max(_LAST, math.ceil(_KEEP * fields[-1])))
+    while len(fields) > 1 and budget // len(fields) < _LEAST * count:
+        fields.pop(1)
+    return fields if count else []
 
 
 class _bar:  # noqa: N801 -- used like a function

@@ -57,6 +57,7 @@ def test_every_framework_has_every_term() -> None:
         (case("nonfinite", parameters=layers(3, dtype="float16")), "half_overflow"),
         (case("nonfinite", norm_rise=6.0, first_norm=1.0), "learning_rate"),
         (case("nonfinite", first=0, parameters=layers(3, "Exponential")), "activation"),
+        (case("nonfinite", first=0, parameters=layers(3, "ReLU"), evidence={"where": "loss"}), "output_layer"),
         (case("spike"), "bad_batch"),
         (case("update_ratio", rate_growth=0.05, rate=0.1, stable_rate=0.01), "learning_rate"),
         (case("imbalance", first=0, first_drop=-8.0, first_fit=0.95), "init_large"),

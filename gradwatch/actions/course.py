@@ -43,9 +43,11 @@ class Course:
         state.best_loss = min(state.best_loss, state.loss)
         state.learns = self._learns(state)
 
-    def renew(self) -> None:
-        """Forget the recent past: the weights are others now."""
+    def renew(self, *, is_anew: bool = False) -> None:
+        """Forget the recent past: the weights are others now; also where the loss began, when they learn anew."""
         self._recent.clear()
+        if is_anew:
+            self._first.clear()
 
     def _learns(self, state: RunState) -> bool:
         if not math.isfinite(state.loss):

@@ -8,7 +8,8 @@ The rules, in order:
    they mend (`Rollback` before `DecayLR` before `ResetOptimizerState`, `Reinitialize`, `Restructure` and `Stop`), in a
    `Ladder` in its own order, the mildest first.
 4. A trial ends when the finding has gone (`helped`), when its time is over (`no effect`), or early when things got
-   worse. An action that failed `tries` times in a row against a rule is not tried against it again.
+   worse. An action that failed `tries` times in a row against a rule is not tried against it again; a finding that
+   comes back within `RELAPSE` steps after one helped counts as a failure too.
 5. When nothing is left to try, or `GIVE_UP_AFTER` remedies in a row failed, the policy says so in the record and hands
    the run back; a `Stop` in the list ends the training then.
 """
@@ -32,6 +33,10 @@ from gradwatch.records import SEVERITIES, ActionRecord, Finding
 logger = logging.getLogger("gradwatch")
 #: Remedies in a row without help after which the policy gives up.
 GIVE_UP_AFTER = 8
+#: A finding of the same rule within this many steps after a remedy helped: the help did not last.
+RELAPSE = 100
+#: Steps after giving up on a rule from which on a resolved finding of it means that remedies get a new chance.
+NEW_CHANCE = 1000
 #: What the record calls it.
 GIVE_UP = "GiveUp"
 
@@ -64,7 +69,11 @@ class Policy:
         self._open: dict[str, Finding] = {}
         self._trial: Trial | None = None
         self._failed_in_row = self._fresh_from = 0
-        self._given_up: list[str] = []
+        self._given_up: dict[str, int] = {}
+        #: Rule to the action that helped against it last, when it was applied, and when it had helped.
+        self._cured: dict[str, tuple[str, int, int]] = {}
+        #: Rule to the step since which it has come back again and again.
+        self._chronic: dict[str, int] = {}
         self._news: list[ActionRecord] = []
         self._count = 0
 
@@ -106,7 +115,7 @@ class Policy:
                 )
         if due.action.renews and not self.dry_run:
             self._open.clear()
-            self._course.renew()
+            self._course.renew(is_anew=due.action.begins_anew)
             self._fresh_from = step
         if due.action.begins_anew and not self.dry_run:
             self._begin_anew(step)
@@ -118,6 +127,8 @@ class Policy:
         final = [self._keys[id(action)] for action in self.between if action.begins_anew]
         failures = self.state.failures.items()
         self.state.failures = {name: count for name, count in failures if name.partition(":")[0] in final}
+        self._cured = {rule: cure for rule, cure in self._cured.items() if cure[0] in final}
+        self._chronic = {}
 
     def failed(self, due: Due, step: int, why: str) -> ActionRecord:
         """Note that `due` could not be applied: it counts as a remedy that did not help."""
@@ -145,8 +156,10 @@ class Policy:
         for finding in findings:
             if finding.is_open:
                 self._open[finding.id] = finding
-            elif self._open.pop(finding.id, None) and finding.rule in self._given_up:
-                self._given_up.remove(finding.rule)
+                if finding.severity != "info":
+                    self._note_relapse(finding.rule, step)
+            elif self._open.pop(finding.id, None) and step - self._given_up.get(finding.rule, step) > NEW_CHANCE:
+                self._forget_failures(finding.rule)
         if self._open:
             self.state.well_since = None
         elif self.state.well_since is None:
@@ -161,9 +174,26 @@ class Policy:
         self._news.append(dataclasses.replace(trial.record, outcome=outcome))
         if outcome == HELPED:
             self._failed_in_row = 0
-            self.state.failures.pop(f"{trial.key}:{trial.record.reason}", None)
+            self._cured[trial.record.reason] = (trial.key, trial.record.step, step)
         else:
             self._note_failure(trial.key, trial.record.reason)
+
+    def _note_relapse(self, rule: str, step: int) -> None:
+        """A finding opened: what helped against its rule before did so for good, or not."""
+        if rule not in self._cured:
+            return
+        key, applied, helped = self._cured.pop(rule)
+        if step - helped <= RELAPSE:
+            self.state.failures[f"{key}:{rule}"] = self.state.failed(key, rule) + 1
+            self._chronic.setdefault(rule, applied)
+        else:
+            self.state.failures.pop(f"{key}:{rule}", None)
+            self._chronic.pop(rule, None)
+
+    def _forget_failures(self, rule: str) -> None:
+        del self._given_up[rule]
+        failures = self.state.failures.items()
+        self.state.failures = {name: count for name, count in failures if name.partition(":")[2] != rule}
 
     def _note_failure(self, key: str, rule: str) -> None:
         self._failed_in_row += 1
@@ -176,7 +206,7 @@ class Policy:
         return sorted(self._open.values(), key=order)
 
     def _remedy(self, finding: Finding, step: int) -> Due | None:
-        if finding.rule in self._given_up:
+        if finding.rule in self._given_up or not any(_answers(action, finding) for action in self.between):
             return None
         if self._failed_in_row >= GIVE_UP_AFTER:
             return self._give_up(finding, step, f"{GIVE_UP_AFTER} remedies in a row did not help")
@@ -197,27 +227,29 @@ class Policy:
         rung = max((place for place, spent in enumerate(is_spent) if spent), default=-1)
         cause = finding.evidence.get("cause_id", "")
 
-        def turn(place: int) -> tuple[bool, bool, bool, int]:
+        def turn(place: int) -> tuple[bool, bool, bool, bool, int]:
             action = self.between[place]
-            return isinstance(action, Stop), cause not in action.cures, place < rung, place
+            # A second draw of the same weights comes after what was not tried yet.
+            is_again = action.begins_anew and self._keys[id(action)] in self.state.times
+            return isinstance(action, Stop), is_again, cause not in action.cures, place < rung, place
 
         for place in sorted(range(len(self.between)), key=turn):
             action = self.between[place]
             times = self.state.times.get(self._keys[id(action)], 0)
             within_limit = action.max_times is None or times < action.max_times
-            severe = SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
-            if finding.rule in action.on and within_limit and severe and not is_spent[place]:
+            if _answers(action, finding) and within_limit and not is_spent[place]:
                 yield action
 
     def _is_time(self, action: BetweenStepsAction, finding: Finding, step: int) -> bool:
         last = self.state.last_applied.get(self._keys[id(action)])
         is_lost = finding.severity == "critical" or math.isinf(self.state.loss)
         confirm = action.confirm // 3 if is_lost else action.confirm
-        return (last is None or step - last >= action.cooldown) and step - finding.first_step >= confirm
+        since = min(finding.first_step, self._chronic.get(finding.rule, finding.first_step))
+        return (last is None or step - last >= action.cooldown) and step - since >= confirm
 
     def _give_up(self, finding: Finding, step: int, why: str) -> Due | None:
         """Say that nothing more will be done about a rule; stop if a `Stop` is there for it."""
-        self._given_up.append(finding.rule)
+        self._given_up[finding.rule] = step
         tried = ", ".join(key.partition(":")[0] for key in self.state.failures if key.endswith(f":{finding.rule}"))
         detail = f"gave up on {finding.rule}: {why} (tried: {tried or 'none'})"
         stop = next((a for a in self.between if isinstance(a, Stop) and finding.rule in a.on), None)
@@ -271,7 +303,9 @@ class Policy:
             "trial": self._trial.to_json() if self._trial else None,
             "failed_in_row": self._failed_in_row,
             "fresh_from": self._fresh_from,
-            "given_up": list(self._given_up),
+            "given_up": self._given_up,
+            "cured": self._cured,
+            "chronic": self._chronic,
             "count": self._count,
         }
 
@@ -284,8 +318,15 @@ class Policy:
         self._open = {data["id"]: Finding.from_json(data) for data in state["open"]}
         self._trial = Trial.from_json(state["trial"]) if state["trial"] else None
         self._failed_in_row, self._fresh_from = state["failed_in_row"], state["fresh_from"]
-        self._given_up = list(state["given_up"])
+        self._given_up = dict(state["given_up"])
+        self._cured = {rule: (key, applied, helped) for rule, (key, applied, helped) in state["cured"].items()}
+        self._chronic = dict(state["chronic"])
         self._count = state["count"]
+
+
+def _answers(action: BetweenStepsAction, finding: Finding) -> bool:
+    """Whether a finding calls for an action by its rule and severity."""
+    return finding.rule in action.on and SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
 
 
 def _keys(actions: Sequence[BetweenStepsAction]) -> list[str]:

@@ -12,6 +12,9 @@ from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.skip import SkipStep
 from gradwatch.errors import UnknownNameError
 
+#: Where smaller rates do not end spikes and oscillation, and nothing is learnt, new weights may.
+_NEW_WEIGHTS = (*Reinitialize.default_on, "spike", "oscillation")
+
 
 class Ladder(list[Action]):
     """Actions in the order of escalation: the next is tried only when the one before did not help.
@@ -57,12 +60,12 @@ def repair(*, restructure: bool = False) -> Ladder:
             hold=200,
         ),
         Rollback(factor=0.3, every=50, max_times=4),
-        Reinitialize(),
+        Reinitialize(on=_NEW_WEIGHTS),
     ]
     if restructure:
         # An output that lets no gradient through is mended first: that keeps all weights.
         remedies.insert(2, Restructure(changes=("output",), tries=1))
-        remedies.append(Restructure(changes=("activation", "norm"), tries=2))
+        remedies.append(Restructure(changes=("activation", "norm"), on=_NEW_WEIGHTS, tries=2))
     return Ladder([*protect(), *remedies, Stop(confirm=200)])
 
 

@@ -83,6 +83,20 @@ def edited(gradients: Sequence[Array], verdict: Verdict) -> list[Array]:
     return scaled if verdict.limit == math.inf else [jnp.clip(g, -verdict.limit, verdict.limit) for g in scaled]
 
 
+def with_coefficient(verdict: Verdict, norms: Array, used: Sequence[Array]) -> Verdict:
+    """The verdict, with what clipping by value amounts to: no norm foretells it.
+
+    Args:
+        verdict: Over the norms.
+        norms: Shape (n,), before.
+        used: The gradients as edited.
+    """
+    if verdict.limit == math.inf:
+        return verdict
+    ratio = jnp.linalg.norm(norms_of(used)) / jnp.linalg.norm(norms)
+    return verdict._replace(coefficient=jnp.where(jnp.isfinite(ratio) & ~verdict.skip, ratio, 1.0))
+
+
 def norms_of(arrays: Sequence[Array]) -> Array:
     """L2 norms, shape (n,), added in float32: infinite above 1.8e19."""
     if not arrays:

@@ -166,7 +166,7 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "output_layer": Cause(
-        "the output layer is constant or does not pass a gradient (such as a softmax over a single unit)",
+        "the output layer is constant, zero, or does not pass a gradient (such as a softmax over one unit, or a ReLU)",
         (
             "use a sigmoid for one output, a softmax only for two or more",
             "use {logits}",

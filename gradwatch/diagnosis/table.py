@@ -39,6 +39,7 @@ TABLE: tuple[Row, ...] = (
     Row("half_overflow", ("nonfinite",), ("half",), why="float16 ends at 65504"),
     Row("activation", ("nonfinite",), ("at_start", "exponential"), why="exp overflows above 88 in float32"),
     Row("recurrence", ("nonfinite",), ("at_start", "recurrent"), why="powers of the recurrent matrix overflow"),
+    Row("output_layer", ("nonfinite",), ("at_start", "output_relu", "loss_not_finite"), why="all outputs 0: log(0)"),
     Row("init_large", ("nonfinite",), ("at_start", "deep"), why="the forward signal overflows before any update"),
     Row("data_scale", ("nonfinite",), ("at_start", "huge_first_loss"), why="a loss that starts high"),
     Row("init_large", ("nonfinite",), ("at_start", "not grew_before"), why="no update was made yet"),

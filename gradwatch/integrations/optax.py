@@ -198,7 +198,9 @@ class Recorder:
         norms = jax_step.norms_of(leaves)
         verdict = jax_step.decide(self._actions, norms, states)
         row = jax_step.in_columns(dict(zip(gradients, norms, strict=True)), self._names)
-        return row, verdict, _replaced(updates, leaves, jax_step.edited(leaves, verdict)) if self._acts else updates
+        used = jax_step.edited(leaves, verdict)
+        verdict = jax_step.with_coefficient(verdict, norms, used)
+        return row, verdict, _replaced(updates, leaves, used) if self._acts else updates
 
     def _told(
         self, state: WatchState, row: Any, verdict: jax_step.Verdict, changes: Tree, *, params: Tree | None, loss: Any

@@ -75,7 +75,8 @@ class TorchWatcher(Watcher):
         self._steps: dict[int, Step] = {}
         self._running_closure: Step | None = None
         self._in_flight: deque[Row] = deque()
-        self._in_step = InStep(self._policy.in_step, lambda: self._parameters, is_dry=self.settings.dry_run)
+        in_step, is_dry = self._policy.in_step, self.settings.dry_run
+        self._in_step = InStep(in_step, self._gradients, lambda: self._parameters, is_dry=is_dry)
         stop, begin = partial(_stop, weakref.ref(self)), self._in_step.decider.begin
         self._between = BetweenSteps(model, optimizers, self._policy, self.monitor, stop=stop, begin=begin)
         self._acts_in_step = bool(self._in_step)
@@ -87,7 +88,7 @@ class TorchWatcher(Watcher):
         self._is_first_row = True
         self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
         try:
-            self._between.start(self.run_dir, is_dry=self.settings.dry_run)
+            self._between.start(self.run_dir, is_dry=is_dry)
             self._detach = attach(self, optimizers, loss_fn)
         except BaseException:
             self.close("crashed", "could not attach")

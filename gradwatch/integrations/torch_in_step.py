@@ -9,11 +9,11 @@ import numpy as np
 
 from gradwatch.actions.base import InStepAction
 from gradwatch.backends.torch_decide import Decider
-from gradwatch.backends.torch_device import host_or_copy
-from gradwatch.backends.torch_gradients import Held
+from gradwatch.backends.torch_device import beside, host_or_copy
+from gradwatch.backends.torch_gradients import Gradients, Held
 from gradwatch.backends.torch_step import clip_values, scale_gradients, skip_step
 from gradwatch.backends.torch_units import scale_units, spared_by
-from gradwatch.integrations.torch_pending import Reading
+from gradwatch.integrations.torch_pending import Reading, ratio
 from gradwatch.integrations.torch_row import Row, Step
 from gradwatch.records import Parameter
 
@@ -23,15 +23,21 @@ class InStep:
 
     Args:
         actions: The in-step actions.
+        gradients: Measures what clipping by value has left.
         described: Gives the parameters of the run as they are described now.
         is_dry: Record what would be done; do nothing.
     """
 
     def __init__(
-        self, actions: Sequence[InStepAction], described: Callable[[], Sequence[Parameter]], *, is_dry: bool
+        self,
+        actions: Sequence[InStepAction],
+        gradients: Gradients,
+        described: Callable[[], Sequence[Parameter]],
+        *,
+        is_dry: bool,
     ) -> None:
         self.decider = Decider(actions)
-        self._described, self._is_dry = described, is_dry
+        self._gradients, self._described, self._is_dry = gradients, described, is_dry
         #: Norms of the whole gradients from those of this rank's parts, where they differ; None where they do not.
         self.total: Callable[[Step, Reading], Any] = lambda step, reading: None
         #: The entries of an optimizer's parameters, of an array over those of all ranks.
@@ -69,6 +75,15 @@ class InStep:
         if verdict.scale is not None:
             is_split = total is not None and np.ndim(verdict.scale)
             scale_gradients(held.parameters, self.part(held, verdict.scale) if is_split else verdict.scale)
-        if verdict.clip_value is not None:
-            clip_values(held.parameters, verdict.clip_value * host_or_copy(getattr(step.optimizer, "grad_scale", None)))
-        return verdict.coefficient
+        if verdict.clip_value is None:
+            return verdict.coefficient
+        loss_scale = host_or_copy(getattr(step.optimizer, "grad_scale", None))
+        clip_values(held.parameters, verdict.clip_value * loss_scale)
+        return self._left(held, reading.now if total is None else total, loss_scale)
+
+    def _left(self, held: Held, before: Any, loss_scale: Any) -> Any:
+        """The factor on the global norm that clipping by value amounts to, which no norm foretells: measured again."""
+        norms = held.part(self._gradients.measure(held).norms)
+        norms = norms / beside(loss_scale, norms)
+        whole = self.total(held, norms)
+        return ratio(norms if whole is None else whole, before)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.errors import ConfigurationError
-from gradwatch.heal import Candidate, Healing, heal
+from gradwatch.heal import Candidate, Fork, Healing, _fields, heal
 
 
 class DeepSigmoids:
@@ -50,6 +50,24 @@ def test_the_best_goes_on_where_its_fork_ended() -> None:
     assert (best.steps, best.loss < loss) == (steps + 100, True)
 
 
+def test_what_detectors_know_goes_on_from_round_to_round() -> None:
+    whole, parts = (Fork(Candidate("none"), DeepSigmoids()) for _ in range(2))
+
+    whole.run(40)
+    for _ in range(10):
+        parts.run(4)
+
+    assert {finding.id for finding in parts.findings} == {finding.id for finding in whole.findings} != set()
+    assert parts.sickness == whole.sickness == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "budget", "fields"), [(11, 900, [11, 5, 2]), (11, 70, [11, 2]), (11, 60, [11]), (1, 50, [1]), (0, 9, [])]
+)
+def test_the_last_round_is_a_race_of_two_and_no_round_is_too_short(count: int, budget: int, fields: list[int]) -> None:
+    assert _fields(count, budget) == fields
+
+
 def test_an_interrupted_search_ranks_what_there_is() -> None:
     class Impatient(DeepSigmoids):
         def step(self, k: int) -> Tensor:
@@ -74,5 +92,5 @@ def test_a_remedy_that_does_not_apply_says_why(capsys: pytest.CaptureFixture[str
 
 
 def test_a_budget_below_one_step_a_candidate_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"'budget_steps' must be >= 10 .*: 3"):
+    with pytest.raises(ConfigurationError, match=r"'budget_steps' must be >= 11 .*: 3"):
         heal(DeepSigmoids, budget_steps=3, progress=False)

@@ -107,6 +107,66 @@ def test_what_did_not_help_is_not_repeated_and_the_next_remedy_follows() -> None
     assert done == ["11 DecayLR", "21 Rollback", "22 Stop"]
 
 
+def episodes(*firsts: int, lasting: int = 2, rule: str = "exploding") -> dict[int, Finding]:
+    """A finding that opens at each of these steps and resolves soon after."""
+    opened = {first: sick(rule, step=first) for first in firsts}
+    return opened | {first + lasting: well(finding, first + lasting) for first, finding in opened.items()}
+
+
+def test_help_that_does_not_last_is_followed_by_the_next_remedy() -> None:
+    policy = Policy(Ladder([DecayLR(within=9, tries=2, cooldown=0), Rollback(within=9)]))
+
+    assert acts(policy, range(11, 90), episodes(11, 40, 70)) == ["11 DecayLR", "40 DecayLR", "70 Rollback"]
+
+
+def test_help_that_lasts_makes_a_remedy_worth_another_try() -> None:
+    policy = Policy(Ladder([DecayLR(within=9, tries=2, cooldown=0), Rollback(within=9)]))
+
+    done = acts(policy, range(11, 700), episodes(11, 40, 300, 600))
+
+    assert done == ["11 DecayLR", "40 DecayLR", "300 DecayLR", "600 DecayLR"]
+
+
+def test_what_keeps_coming_back_needs_no_further_confirmation() -> None:
+    policy = Policy(Ladder([DecayLR(within=9, tries=1, cooldown=0), Reinitialize(confirm=90)]))
+
+    assert acts(policy, range(11, 90), episodes(11, 60)) == ["11 DecayLR", "60 Reinitialize"]
+
+
+def test_new_weights_come_a_second_time_only_after_what_was_not_tried() -> None:
+    policy = Policy(Ladder([Reinitialize(confirm=0, within=9, cooldown=0), Restructure(confirm=0)]))
+
+    done = acts(policy, range(11, 700), episodes(11, 300, rule="vanishing"))
+
+    assert done == ["11 Reinitialize", "300 Restructure"]
+
+
+def test_after_new_weights_learning_is_judged_from_their_own_first_loss() -> None:
+    policy = Policy([Reinitialize(confirm=0, within=9)])
+    acts(policy, range(12), {11: sick("vanishing")}, loss=9.0)
+
+    acts(policy, range(12, 80), loss=1.0)
+
+    assert (policy.state.first_loss, policy.state.learns) == (1.0, False)
+
+
+def test_a_rule_that_was_given_up_gets_a_new_chance_much_later() -> None:
+    policy = Policy([DecayLR(within=5, tries=1, cooldown=0)])
+
+    done = acts(policy, range(11, 1500), episodes(11, 1400, lasting=1200))
+
+    assert done == ["11 DecayLR", "1400 DecayLR"]
+
+
+def test_nothing_is_given_up_for_a_finding_that_no_action_answers() -> None:
+    policy = Policy([DecayLR(within=5, tries=2)])
+    acts(policy, range(11, 30), episodes(11, lasting=9))
+
+    acts(policy, range(30, 60), {30: sick(step=30, severity="info")})
+
+    assert not any(record.action == GIVE_UP for record in policy.take_news())
+
+
 def test_a_run_without_a_stop_is_handed_back_in_words() -> None:
     policy = Policy([DecayLR(within=10, tries=1)])
 

@@ -93,6 +93,18 @@ def test_clip_is_optax_clip_by_global_norm(tmp_path: Path) -> None:
     np.testing.assert_allclose(metrics["clip_coefficient"], np.minimum(0.5 / metrics["global_norm"], 1.0), rtol=1e-5)
 
 
+def test_clip_by_value_is_optax_clip_and_records_what_it_amounts_to(tmp_path: Path) -> None:
+    with watched(tmp_path / "optax", actions=[gw.Clip(value=0.02)]) as optimizer:
+        params = train(optimizer)
+    theirs = train(optax.chain(optax.clip(0.02), optax.sgd(plain.RATE)))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, theirs)
+    gradient = jax.grad(loss_of)(parameters(), X[: plain.BATCH], Y[: plain.BATCH])
+    left = jax.tree.map(lambda leaf: jnp.clip(leaf, -0.02, 0.02), gradient)
+    expected = optax.tree.norm(left) / optax.tree.norm(gradient)
+    assert gw.load(tmp_path / "optax").metrics()["clip_coefficient"][0] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_norms_are_those_before_the_chain_clips(tmp_path: Path) -> None:
     chain = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(plain.RATE))
     with watched(tmp_path / "optax", chain) as optimizer:

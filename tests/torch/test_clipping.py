@@ -214,11 +214,15 @@ def test_clip_by_layer_scales_only_what_is_too_large(run_dir: Path) -> None:
 def test_clip_by_value_limits_every_element(run_dir: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with watching(run_dir, model, optimizer, actions=[Clip(value=0.01)]):
+    with watching(run_dir, model, optimizer, actions=[Clip(value=0.01)]) as (_, record):
         mse(model, *data(1)[0]).backward()
+        before = np.linalg.norm(reference(model.parameters()))
         expected = [p.grad.clamp(-0.01, 0.01) for p in model.parameters() if p.grad is not None]
         optimizer.step()
     assert_same([p.grad for p in model.parameters()], expected)
+    after = np.linalg.norm(reference(model.parameters()))
+    assert record.metric("global_norm")[0] == pytest.approx(before, rel=1e-6)
+    assert record.metric("clip_coefficient")[0] == pytest.approx(after / before, rel=1e-6)
 
 
 def test_a_clip_that_is_not_needed_touches_no_gradient(run_dir: Path) -> None:
