@@ -25,7 +25,7 @@ _OURS = {RUN_FILE, RUN_FILE + TEMPORARY_SUFFIX, EVENTS_FILE, LOCK_FILE, *FOLDERS
 
 
 def holds_run(path: Path) -> bool:
-    """Whether there is a run at the path; False for nothing, an empty directory, or one whose writer died at once.
+    """Whether there is a run at the path; False for nothing, an empty directory, or one that crashed before it began.
 
     Raises:
         RunFormatError: When there is something else, or a run of a newer version.
@@ -35,9 +35,11 @@ def holds_run(path: Path) -> bool:
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
     files = LocalFiles(path)
     if RUN_FILE in names:
+        status = ""
         with contextlib.suppress(RunCorruptError):  # a damaged one can be overwritten, and perhaps resumed
-            decode_facts(files.read(RUN_FILE), str(path / RUN_FILE))
-        return True
+            status = decode_facts(files.read(RUN_FILE), str(path / RUN_FILE)).info.status
+        is_empty = not files.listing(STEPS) and not (EVENTS_FILE in names and files.read(EVENTS_FILE))
+        return status != "crashed" or not is_empty
     if not names <= _OURS:
         raise RunFormatError(f"{path} holds something else than a run of gradwatch: choose another directory")
     return bool(files.listing(STEPS))

@@ -227,6 +227,8 @@ def test_misuse_is_refused_by_watch(actions: Any, model: Any, words: str, run_di
     with pytest.raises(ConfigurationError, match=words):
         gw.watch(model, optimizer, run_dir=run_dir, actions=actions() if callable(actions) else actions)
 
+    gw.watch(model, optimizer, run_dir=run_dir).close()  # nothing is left in the way of the next try
+
 
 def test_the_record_keeps_the_outcome_under_the_id_of_the_action(run_dir: Path) -> None:
     actions: list[Action] = [DecayLR(on="nonfinite"), SkipStep()]

@@ -119,6 +119,17 @@ def test_a_run_is_not_overwritten_unasked(run_dir: Path) -> None:
         writer_at(run_dir)
 
 
+def test_a_run_that_crashed_before_it_recorded_anything_is_none(run_dir: Path) -> None:
+    writer_at(run_dir).close("crashed", "could not attach")
+
+    writer = writer_at(run_dir)
+
+    writer.event("mark", {"text": "begun", "step": 0})
+    writer.close("crashed", "of something else")
+    with pytest.raises(RunExistsError, match="say resume=True"):
+        writer_at(run_dir)
+
+
 def test_overwriting_leaves_nothing_of_the_old_run(run_dir: Path) -> None:
     record(run_dir, range(50))
 
