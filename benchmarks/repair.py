@@ -5,9 +5,10 @@
     python -m benchmarks.repair --part healthy --policies protect,repair --seeds 0,1,2
 
 A faulty run is repaired when it goes to its end in the same process, without restart, and its last quarter is free of
-the fault by the case's own criterion: finite, no blow-up against the first loss, and better than the best constant
-predictor; or, where the study tells the loss after its own repair, finite and at most that / 0.95 (one study's targets
-are random numbers, which nothing predicts better than a constant does). `heal` forks the training instead: it may take
+the fault by the case's own criterion: finite, no blow-up against the first loss, better than the best constant, and
+below 0.9 times the first loss; or, where the study tells the loss after its own repair, finite and at most that / 0.95
+(one study's targets are random numbers, which nothing predicts better than a constant does). Steps that were skipped
+are no part of the training, if they are at most a tenth of that quarter. `heal` forks the training instead: it may take
 half as many steps for the search, and goes on from the best. A healthy run is harmed when its final loss is more than
 5 % worse than without gradwatch.
 """
@@ -31,11 +32,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 import gradwatch as gw
 from benchmarks.casework.case import Case, Losses
+from benchmarks.casework.outcome import STUCK
 from benchmarks.casework.recording import outcome_of, record
 from benchmarks.casework.suites import all_cases
 from benchmarks.machine import machine
@@ -46,6 +49,8 @@ RANGE_TESTS = "lrfind-"
 THEORY = "mf-"
 #: A healthy run is harmed when it ends this much worse.
 HARM = 0.05
+#: Share of the last quarter that may have been skipped.
+MOST_SKIPPED = 0.1
 IN_STEP = ("SkipStep", "Clip", "ZClip", "AutoClip", "AGC", "GiveUp")
 #: The policy that searches, and the fewest steps that a search makes sense with.
 HEAL, LEAST_SEARCH = "heal", 60
@@ -124,6 +129,7 @@ def trained(case: Case, seed: int, policy: str) -> tuple[Run, Losses]:
         watcher.close()
         run.findings = [finding.id for finding in watcher.findings]
         recorded = gw.load(Path(folder) / "run").actions()
+        skipped = gw.load(Path(folder) / "run").metrics()["skipped"].to_numpy() > 0
         run.actions = [(int(a.step), a.action, a.reason, a.outcome) for a in recorded.itertuples()]
         if watcher.faults.messages:
             raise RuntimeError(f"{case.id}: {watcher.faults.messages}")
@@ -133,7 +139,7 @@ def trained(case: Case, seed: int, policy: str) -> tuple[Run, Losses]:
     run.first = float(finite[0]) if len(finite) else math.nan
     run.final = final_loss(found)
     if case.faulty:
-        run.repaired, run.by_study = verdict(case, seed, found, training.steps)
+        run.repaired, run.by_study = verdict(case, seed, found, training.steps, skipped=skipped)
     return run, found
 
 
@@ -143,15 +149,20 @@ def final_loss(losses: Losses) -> float:
     return float(np.median(last)) if np.isfinite(last).all() else math.inf
 
 
-def verdict(case: Case, seed: int, losses: Losses, steps: int) -> tuple[bool, bool]:
+def verdict(
+    case: Case, seed: int, losses: Losses, steps: int, *, skipped: NDArray[np.bool_] | None = None
+) -> tuple[bool, bool]:
     """Whether the run came to its end and the fault is not in its last quarter; and whether only the study says so."""
     if len(losses) < steps:
         return False, False
     first = losses[np.isfinite(losses)][:1]
     last_quarter = losses[-max(20, steps // 4) :]
+    if skipped is not None and skipped[-len(last_quarter) :].mean() <= MOST_SKIPPED:
+        last_quarter = last_quarter[~skipped[-len(last_quarter) :]]
     outcome = case.judge(np.concatenate([first, last_quarter]), seed)
     by_study = bool(np.isfinite(last_quarter).all()) and outcome.final_loss <= study_loss(case) / 0.95
-    return not outcome.failed or by_study, outcome.failed and by_study
+    is_well = not outcome.failed and outcome.final_loss < STUCK * outcome.first_loss
+    return is_well or by_study, not is_well and by_study
 
 
 def study_loss(case: Case) -> float:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradwatch.actions import Action, SkipStep, ZClip
 from gradwatch.errors import ConfigurationError, GradwatchError
 from gradwatch.records import SEVERITIES, Finding
 from gradwatch.remedies import initialize, insert_norm, mend_output, replace_activation
@@ -31,6 +33,20 @@ _LEAST = 3
 _TAIL = 10
 #: A loss that has fallen by this share of the first one shows that something is learnt.
 _LEARNT = 0.03
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of all global generators that a training may draw from."""
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices  # noqa: NPY002 -- the user's
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    of_python, of_numpy, of_torch, on_devices = states
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)  # noqa: NPY002 -- the user's
+    torch.set_rng_state(of_torch)
+    torch.cuda.set_rng_state_all(on_devices)
 
 
 class Training(Protocol):
@@ -95,6 +111,7 @@ class Fork:
     findings: list[Finding] = field(default_factory=list)
     failed: str = ""
     _state: Any = field(default=None, init=False, repr=False)
+    _random: Any = field(default_factory=_random_states, init=False, repr=False)
 
     @property
     def loss(self) -> float:
@@ -109,10 +126,9 @@ class Fork:
 
     def run(self, steps: int) -> None:
         """Take further steps, protected and at the candidate's learning rate."""
-        actions: list[Action] = [SkipStep(), ZClip()]
         training = self.training
-        with tempfile.TemporaryDirectory() as folder:
-            with watch(training.model, training.optimizer, run_dir=Path(folder) / "run", actions=actions) as watcher:
+        with self._own_random_numbers(), tempfile.TemporaryDirectory() as folder:
+            with watch(training.model, training.optimizer, run_dir=Path(folder) / "run", actions="protect") as watcher:
                 if self._state is not None:
                     watcher.load_state_dict(self._state)
                 watcher._policy.state.lr_factor = self.candidate.lr_factor  # noqa: SLF001 -- a factor from the start
@@ -122,6 +138,17 @@ class Fork:
                 self._state = watcher.state_dict()
             self.findings = list({finding.id: finding for finding in [*self.findings, *watcher.findings]}.values())
         self.steps = len(self.losses)
+
+    @contextlib.contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """What a fork draws does not depend on the others: it is what it would draw alone."""
+        outside = _random_states()
+        _set_random_states(self._random)
+        try:
+            yield
+        finally:
+            self._random = _random_states()
+            _set_random_states(outside)
 
     @property
     def rank(self) -> tuple[bool, bool, float, int]:
@@ -214,7 +241,7 @@ def heal(
     if budget_steps < len(chosen):
         raise ConfigurationError.of("budget_steps", f">= {len(chosen)} (one step for each candidate)", budget_steps)
     with _bar(progress, budget_steps) as advance:
-        forks = [_forked(candidate, make_training) for candidate in chosen]
+        forks = _forked(chosen, make_training)
         with contextlib.suppress(KeyboardInterrupt):
             _race([fork for fork in forks if not fork.failed], budget_steps, advance)
     return Healing(sorted(forks, key=lambda fork: fork.rank))
@@ -277,13 +304,19 @@ def _needed(changes: Sequence[Change]) -> Sequence[Change]:
     return changes
 
 
-def _forked(candidate: Candidate, make_training: Callable[[], Training]) -> Fork:
-    fork = Fork(candidate, make_training())
-    try:
-        candidate.prepare(fork.training)
-    except GradwatchError as error:
-        fork.failed = str(error)
-    return fork
+def _forked(candidates: Iterable[Candidate], make_training: Callable[[], Training]) -> list[Fork]:
+    """A fork for each, all from the same random numbers."""
+    forks, outside = [], _random_states()
+    for candidate in candidates:
+        _set_random_states(outside)
+        training, failed = make_training(), ""
+        try:
+            candidate.prepare(training)
+        except GradwatchError as error:
+            failed = str(error)
+        forks.append(Fork(candidate, training, failed=failed))
+    _set_random_states(outside)
+    return forks
 
 
 def _race(forks: list[Fork], budget: int, advance: Callable[[int], None]) -> None:

@@ -11,6 +11,11 @@ from typing import Any, ClassVar, Protocol
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import RULES, SEVERITIES, Finding, Floats, Parameter
 
+#: A loss above this many times the first one shows that steps have wrecked the weights.
+WRECKED = 1.1
+#: Share of the weights that an update may change; ten times what is usual.
+SOUND_UPDATE = 0.01
+
 #: Arrays of whatever library does the step: numpy, torch, jax or keras.ops tensors.
 Array = Any
 
@@ -233,14 +238,15 @@ class RunState:
         last_applied: Action name to the step at which it was last applied.
         times: Action name to how often it was applied.
         well_since: The first step of the present stretch without an open finding; None while one is open.
-        first_loss: Median of the first finite losses; NaN while none is known.
+        first_loss: The first finite loss, or the median of the first few where that is lower; NaN while none is known.
         loss: Median of the last losses; NaN while none is known, infinite when they are not finite.
         best_loss: The lowest that `loss` has been.
-        growth: By how much the loss rose at most from one step to the next, lately; 1 where it did not.
+        growth: By how much the loss rose from one step to the next when it first leapt, lately; 1 where it did not.
         learns: Whether the loss has fallen, lately or well below where it began; False while none is known.
         recovery: Step and factor at which the learning rate began its way back; None when it is not on it.
         began: The first step of the present weights: 0, or that of the last initialisation.
         recovered: Whether it was on its way back before.
+        loss_held: The loss when the way back began.
         failures: "action:rule" to how often in a row the action did not help against the rule.
     """
 
@@ -255,12 +261,24 @@ class RunState:
     learns: bool = False
     recovery: tuple[int, float] | None = None
     recovered: bool = False
+    loss_held: float = math.nan
     began: int = 0
     failures: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_wrecked(self) -> bool:
+        """Whether the loss is above where it began: what a smaller rate alone does not bring back."""
+        return self.loss > WRECKED * abs(self.first_loss)
 
     def failed(self, action: str, rule: str) -> int:
         """How often in a row the action did not help against the rule."""
         return self.failures.get(f"{action}:{rule}", 0)
+
+
+def sound_factor(finding: Finding, most: float) -> float:
+    """What to multiply the learning rate by: `most`, or less where updates are too large and it takes less."""
+    ratio = float(finding.evidence.get("ratio") or 0.0) if finding.rule == "update_ratio" else 0.0
+    return min(most, SOUND_UPDATE / ratio) if ratio > 0 else most
 
 
 def require_count(name: str, value: int, *, least: int = 1) -> int:

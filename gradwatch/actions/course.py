@@ -18,8 +18,12 @@ SHORT = 9
 WINDOW = 60
 #: A fall of the median by this share within the window counts as learning...
 FALL = 0.05
-#: ... and so does a loss that is below this share of the first one.
-WELL_BELOW = 0.8
+#: ... and so does a loss that is below this share of the first one: bad weights begin above a constant's loss.
+WELL_BELOW = 0.5
+
+
+#: A loss that grows by more than this in one step leaps.
+LEAP = 3.0
 
 
 class Course:
@@ -37,22 +41,26 @@ class Course:
         self._recent.extend(known)
         if len(self._first) < SHORT:
             self._first += [loss for loss in known if math.isfinite(loss)][: SHORT - len(self._first)]
-            state.first_loss = statistics.median(self._first) if self._first else math.nan
+            # Steps that are too large wreck the weights at once: then the very first loss is the one to go by.
+            state.first_loss = min(statistics.median(self._first), self._first[0]) if self._first else math.nan
         state.loss = _median(list(self._recent)[-SHORT:])
         state.growth = _growth(list(self._recent))
         state.best_loss = min(state.best_loss, state.loss)
         state.learns = self._learns(state)
 
-    def renew(self, *, is_anew: bool = False) -> None:
-        """Forget the recent past: the weights are others now; also where the loss began, when they learn anew."""
+    def renew(self) -> None:
+        """Forget the recent past: the weights are others now."""
         self._recent.clear()
-        if is_anew:
-            self._first.clear()
+
+    def begin_anew(self, state: RunState) -> None:
+        """Forget also where the loss began, and its best: the weights have learnt nothing yet."""
+        self._first.clear()
+        state.best_loss = math.inf
 
     def _learns(self, state: RunState) -> bool:
         if not math.isfinite(state.loss):
             return False
-        if state.loss < state.first_loss - (1.0 - WELL_BELOW) * abs(state.first_loss):
+        if is_well_below(state.loss, state.first_loss):
             return True
         recent = list(self._recent)
         if len(recent) < 3 * SHORT:
@@ -70,10 +78,15 @@ class Course:
         self._recent, self._first = deque(state["recent"], maxlen=WINDOW), list(state["first"])
 
 
+def is_well_below(loss: float, first: float, share: float = WELL_BELOW) -> bool:
+    """Whether a loss is so far below the first one that something was learnt."""
+    return loss < first - (1.0 - share) * abs(first)
+
+
 def _growth(losses: list[float]) -> float:
-    """The largest ratio of a loss to the one before; 1 where none rose."""
-    pairs = itertools.pairwise(losses)
-    return max((new / old for old, new in pairs if 0 < old < new < math.inf), default=1.0)
+    """The first leap of a loss over the one before, else the largest rise: leaps on leaps tell of the leap before."""
+    rises = [new / old for old, new in itertools.pairwise(losses) if 0 < old < new < math.inf]
+    return next((rise for rise in rises if rise > LEAP), max(rises, default=1.0))
 
 
 def _median(losses: list[float]) -> float:

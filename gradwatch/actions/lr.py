@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_count, require_positive
+from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_count, require_positive, sound_factor
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding
 
@@ -17,16 +17,22 @@ SHAPES = {
 }
 
 
+#: The way back ends when the loss has risen by this share of what it had fallen.
+LOST = 0.1
+
+
 class DecayLR(BetweenStepsAction):
     """Scale the learning rate down when a finding calls for it, and perhaps slowly up again when all is well.
 
     The factor is gradwatch's own, around the optimizer's step: the scheduler never sees it, and `close()` undoes it.
 
     Args:
-        factor: Multiply gradwatch's factor by this each time; between 0 and 1.
+        factor: Multiply gradwatch's factor by this each time; between 0 and 1. By less where updates are so large
+            that it takes less to make them 1 % of the weights.
         min_factor: The factor never falls below this.
         recover: Steps of the way back to the full rate; None stays down.
-        hold: Steps without any finding before the way back begins. A relapse ends it: then the rate stays down.
+        hold: Steps without any finding before the way back begins. A relapse ends it, and so does a loss that rises by
+            a tenth of what it had fallen: then the rate stays down.
         shape: `exponential` or `cosine`, of the way back.
         on: Rules that call for it.
         cooldown: Steps between two decays.
@@ -73,7 +79,7 @@ class DecayLR(BetweenStepsAction):
 
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
         """See `BetweenStepsAction.respond`."""
-        after = max(state.lr_factor * self.factor, self.min_factor)
+        after = max(state.lr_factor * sound_factor(finding, self.factor), self.min_factor)
         if after >= state.lr_factor:
             return None
         detail = f"learning rate scaled by {after:.4g} (was {state.lr_factor:.4g}) because of {finding.rule}"
@@ -87,10 +93,13 @@ class DecayLR(BetweenStepsAction):
         if state.recovery is None:
             if state.recovered or step - state.well_since < self.hold:
                 return None
-            state.recovery, state.recovered = (step, before), True
+            state.recovery, state.recovered, state.loss_held = (step, before), True, state.loss
             detail = f"learning rate on its way back from {before:.4g}, to be whole again in {self.way_back} steps"
             return Due(self, detail, before=before, after=before, lr_factor=before)
         begun, start = state.recovery
+        if state.loss - state.loss_held > LOST * abs(state.first_loss - state.loss_held):
+            state.recovery = None
+            return Due(self, "way back given up: the loss rises again", before=before, after=start, lr_factor=start)
         share = min(1.0, (step - begun) / self.way_back)
         state.lr_factor = SHAPES[self.shape](start, share)
         if share < 1.0:

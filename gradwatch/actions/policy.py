@@ -9,7 +9,7 @@ The rules, in order:
    `Ladder` in its own order, the mildest first.
 4. A trial ends when the finding has gone (`helped`), when its time is over (`no effect`), or early when things got
    worse. An action that failed `tries` times in a row against a rule is not tried against it again; a finding that
-   comes back within `RELAPSE` steps after one helped counts as a failure too.
+   comes back within as many steps after one helped counts as a failure too.
 5. When nothing is left to try, or `GIVE_UP_AFTER` remedies in a row failed, the policy says so in the record and hands
    the run back; a `Stop` in the list ends the training then.
 """
@@ -24,8 +24,10 @@ from typing import Any
 
 from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction, RunState
 from gradwatch.actions.course import Course
+from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.presets import Ladder, chosen
 from gradwatch.actions.renewal import Stop
+from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.trial import HELPED, Trial
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import SEVERITIES, ActionRecord, Finding
@@ -33,8 +35,6 @@ from gradwatch.records import SEVERITIES, ActionRecord, Finding
 logger = logging.getLogger("gradwatch")
 #: Remedies in a row without help after which the policy gives up.
 GIVE_UP_AFTER = 8
-#: A finding of the same rule within this many steps after a remedy helped: the help did not last.
-RELAPSE = 100
 #: Steps after giving up on a rule from which on a resolved finding of it means that remedies get a new chance.
 NEW_CHANCE = 1000
 #: What the record calls it.
@@ -70,7 +70,7 @@ class Policy:
         self._trial: Trial | None = None
         self._failed_in_row = self._fresh_from = 0
         self._given_up: dict[str, int] = {}
-        #: Rule to the action that helped against it last, when it was applied, and when it had helped.
+        #: Rule to the action that helped against it last, when it was applied, and until when a relapse counts.
         self._cured: dict[str, tuple[str, int, int]] = {}
         #: Rule to the step since which it has come back again and again.
         self._chronic: dict[str, int] = {}
@@ -93,7 +93,8 @@ class Policy:
         if self._trial is not None:
             return None
         for finding in self._gravest_first():
-            if due := self._remedy(finding, step):
+            due, is_waiting = self._remedy(finding, step)
+            if due is not None or is_waiting:
                 return due
         return next((due for action in self.between if (due := action.recover(step, self.state))), None)
 
@@ -115,7 +116,7 @@ class Policy:
                 )
         if due.action.renews and not self.dry_run:
             self._open.clear()
-            self._course.renew(is_anew=due.action.begins_anew)
+            self._course.renew()
             self._fresh_from = step
         if due.action.begins_anew and not self.dry_run:
             self._begin_anew(step)
@@ -124,6 +125,7 @@ class Policy:
     def _begin_anew(self, step: int) -> None:
         """Other weights: what milder remedies did for the old ones counts no longer."""
         self.state.began = step
+        self._course.begin_anew(self.state)
         final = [self._keys[id(action)] for action in self.between if action.begins_anew]
         failures = self.state.failures.items()
         self.state.failures = {name: count for name, count in failures if name.partition(":")[0] in final}
@@ -174,7 +176,8 @@ class Policy:
         self._news.append(dataclasses.replace(trial.record, outcome=outcome))
         if outcome == HELPED:
             self._failed_in_row = 0
-            self._cured[trial.record.reason] = (trial.key, trial.record.step, step)
+            applied = trial.record.step
+            self._cured[trial.record.reason] = (trial.key, applied, step + trial.deadline - applied)
         else:
             self._note_failure(trial.key, trial.record.reason)
 
@@ -182,8 +185,8 @@ class Policy:
         """A finding opened: what helped against its rule before did so for good, or not."""
         if rule not in self._cured:
             return
-        key, applied, helped = self._cured.pop(rule)
-        if step - helped <= RELAPSE:
+        key, applied, until = self._cured.pop(rule)
+        if step <= until:
             self.state.failures[f"{key}:{rule}"] = self.state.failed(key, rule) + 1
             self._chronic.setdefault(rule, applied)
         else:
@@ -205,21 +208,28 @@ class Policy:
 
         return sorted(self._open.values(), key=order)
 
-    def _remedy(self, finding: Finding, step: int) -> Due | None:
+    def _remedy(self, finding: Finding, step: int) -> tuple[Due | None, bool]:
+        """What is due for a finding; and whether nothing else may be done before its remedy."""
         if finding.rule in self._given_up or not any(_answers(action, finding) for action in self.between):
-            return None
+            return None, False
         if self._failed_in_row >= GIVE_UP_AFTER:
-            return self._give_up(finding, step, f"{GIVE_UP_AFTER} remedies in a row did not help")
+            return self._give_up(finding, step, f"{GIVE_UP_AFTER} remedies in a row did not help"), False
         may_help = False
         for action in self._answering(finding):
             may_help = may_help or not isinstance(action, Stop)
+            if isinstance(action, DecayLR) and self.state.is_wrecked and self._rolls_back(finding):
+                continue
             if self._is_time(action, finding, step) and (due := action.respond(finding, step, self.state)):
-                return due
+                return due, False
             if finding.evidence.get("cause_id", "") in action.cures and not self.state.learns:
-                return None  # what takes the cause away waits to be sure, and nothing else is done meanwhile
+                return None, True  # what takes the cause away waits to be sure
         if not may_help and any(key.endswith(f":{finding.rule}") for key in self.state.failures):
-            return self._give_up(finding, step, "no remedy is left")
-        return None
+            return self._give_up(finding, step, "no remedy is left"), False
+        return None, False
+
+    def _rolls_back(self, finding: Finding) -> bool:
+        """Whether there is a `Rollback` for it, without which a smaller rate is better than nothing."""
+        return any(isinstance(action, Rollback) for action in self._answering(finding))
 
     def _answering(self, finding: Finding) -> Iterator[BetweenStepsAction]:
         """The actions that may still be applied to a finding, now or later: first those beyond the last that failed."""
@@ -319,7 +329,7 @@ class Policy:
         self._trial = Trial.from_json(state["trial"]) if state["trial"] else None
         self._failed_in_row, self._fresh_from = state["failed_in_row"], state["fresh_from"]
         self._given_up = dict(state["given_up"])
-        self._cured = {rule: (key, applied, helped) for rule, (key, applied, helped) in state["cured"].items()}
+        self._cured = {rule: (key, applied, until) for rule, (key, applied, until) in state["cured"].items()}
         self._chronic = dict(state["chronic"])
         self._count = state["count"]
 

@@ -12,9 +12,6 @@ from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.skip import SkipStep
 from gradwatch.errors import UnknownNameError
 
-#: Where smaller rates do not end spikes and oscillation, and nothing is learnt, new weights may.
-_NEW_WEIGHTS = (*Reinitialize.default_on, "spike", "oscillation")
-
 
 class Ladder(list[Action]):
     """Actions in the order of escalation: the next is tried only when the one before did not help.
@@ -56,16 +53,17 @@ def repair(*, restructure: bool = False) -> Ladder:
             cooldown=10,
             within=40,
             tries=3,
+            min_factor=1e-6,
             recover=500,
             hold=200,
         ),
-        Rollback(factor=0.3, every=50, max_times=4),
-        Reinitialize(on=_NEW_WEIGHTS),
+        Rollback(on=(*Rollback.default_on, "update_ratio"), factor=0.3, every=50, cooldown=5, max_times=8),
+        Reinitialize(on=(*Reinitialize.default_on, "stall", "imbalance")),
     ]
     if restructure:
         # An output that lets no gradient through is mended first: that keeps all weights.
         remedies.insert(2, Restructure(changes=("output",), tries=1))
-        remedies.append(Restructure(changes=("activation", "norm"), on=_NEW_WEIGHTS, tries=2))
+        remedies.append(Restructure(changes=("activation", "norm"), tries=2))
     return Ladder([*protect(), *remedies, Stop(confirm=200)])
 
 

@@ -6,13 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RunState
-from gradwatch.errors import UnknownNameError
+from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_positive
+from gradwatch.actions.course import is_well_below
+from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding
 
 #: How `Reinitialize` may fill weights; `gradwatch.remedies.initialize` knows the same.
 SCHEMES = ("auto", "data", "kaiming", "xavier", "orthogonal", "lsuv", "default")
 CHANGES = ("output", "activation", "norm")
+#: Causes (ids of `gradwatch.diagnosis`) that would bring new weights down as well, at the same rate.
+_OF_THE_RATE = ("learning_rate", "killed_units", "data_scale")
+#: Rules that call for new weights only where these take the cause away.
+_BY_CAUSE = ("stall", "imbalance", "plateau")
+#: The learning-rate factor never falls below this.
+_MIN_FACTOR = 1e-4
 
 
 class _WhenNothingIsLearnt(BetweenStepsAction):
@@ -46,6 +53,8 @@ class _WhenNothingIsLearnt(BetweenStepsAction):
         """Whether nothing would be lost."""
         if math.isnan(state.loss):
             return finding.severity == "critical"
+        if finding.evidence.get("skipped") and is_well_below(state.best_loss, state.first_loss, share=0.8):
+            return False  # the weights are as good as they were: those steps were not taken
         return not state.learns
 
 
@@ -60,7 +69,11 @@ class Reinitialize(_WhenNothingIsLearnt):
     A network is as sick as the path of its signal, so where gradients vanish or explode across depth, all hidden layers
     are at fault.
 
+    The learning rate is whole again for new weights, unless it was the cause, or they fell sick before: then it is
+    lower.
+
     Args:
+        factor: Multiply the learning-rate factor by this then; 1 leaves it.
         scheme: `auto`; `data` (only with a batch); `kaiming`, `xavier`, `orthogonal`, `lsuv`; or `default`, the
             module's own `reset_parameters`.
         common: `on`, `cooldown`, `max_times`, `min_severity`, `within`, `tries`, `confirm`, as of every remedy.
@@ -72,27 +85,33 @@ class Reinitialize(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 40
-    cures: ClassVar[tuple[str, ...]] = ("init_large", "init_small", "dying_relu", "killed_units")
+    cures: ClassVar[tuple[str, ...]] = ("init_large", "init_small", "recurrence", "dying_relu", "killed_units")
 
-    def __init__(self, *, scheme: str = "auto", **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, *, scheme: str = "auto", factor: float = 0.1, **common: Any) -> None:
+        super().__init__(**{"max_times": 3, "tries": 2, **common})
+        if require_positive("factor", factor) > 1.0:
+            raise ConfigurationError.of("factor", "<= 1", factor)
+        self.factor = factor
         if scheme not in SCHEMES:
             raise UnknownNameError.among("scheme", scheme, SCHEMES)
         self.scheme = scheme
 
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
         """See `BetweenStepsAction.respond`."""
-        if not self.is_called_for(finding, state):
+        cause = finding.evidence.get("cause_id", "")
+        if not self.is_called_for(finding, state) or (finding.rule in _BY_CAUSE and cause not in self.cures):
             return None
+        is_whole = cause not in _OF_THE_RATE and self.name not in state.times
+        after = 1.0 if is_whole else min(state.lr_factor, max(state.lr_factor * self.factor, _MIN_FACTOR))
         # A dead or saturated layer is its own fault; a signal that shrinks or grows is everyone's on its way.
         layers = finding.layers if finding.rule in ("dead", "dying_relu", "saturation") else ()
         where = f"layers {', '.join(layers[:3])}" if layers else "all layers"
         detail = f"{where} initialised again ({self.scheme}) because of {finding.rule}"
-        return Due(self, detail, layers=layers, finding=finding, before=state.lr_factor, after=1.0, lr_factor=1.0)
+        return Due(self, detail, layers=layers, finding=finding, before=state.lr_factor, after=after, lr_factor=after)
 
     def config(self) -> dict[str, Any]:
         """See `Action.config`."""
-        return {"scheme": self.scheme, **super().config()}
+        return {"scheme": self.scheme, "factor": self.factor, **super().config()}
 
 
 class ResetOptimizerState(BetweenStepsAction):

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_count, require_positive
+from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_count, require_positive, sound_factor
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding
 
 PLACES = ("memory", "disk")
+#: Steps that are skipped are borne with this many times as long.
+SKIPPED = 3
 
 
 class Rollback(BetweenStepsAction):
@@ -78,11 +80,14 @@ class Rollback(BetweenStepsAction):
         """See `BetweenStepsAction.respond`."""
         if finding.rule == "nonfinite" and finding.first_step <= state.began:
             return None  # there is no good state: these weights never gave a finite step
-        if finding.severity != "critical" and finding.evidence.get("skipped"):
-            return None  # no update was taken: the weights are as good as before
-        if finding.severity != "critical" and step - finding.first_step < self.patience:
+        if finding.evidence.get("skipped") == "grad_scaler":
+            return None
+        # Where no update was taken, the weights are as good as before; yet they may be such as to make more of them.
+        patience = SKIPPED * self.patience if finding.evidence.get("skipped") else self.patience
+        if finding.severity != "critical" and step - finding.first_step < patience:
             return None
         factor = min(self.factor, 1.0 / (1.0 + math.sqrt(state.growth))) if self.factor < 1.0 else 1.0
+        factor = sound_factor(finding, factor) if factor < 1.0 else factor
         after = min(state.lr_factor, max(state.lr_factor * factor, self.min_factor))
         return Due(
             self,

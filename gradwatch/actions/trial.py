@@ -47,8 +47,9 @@ class Trial:
             state: Of the run.
         """
         since = self.record.step if self.renews else 0
-        same = [finding for finding in findings if finding.rule == self.record.reason and finding.first_step >= since]
-        if self._is_worse(same, state):
+        standing = list(findings)
+        same = [finding for finding in standing if finding.rule == self.record.reason and finding.first_step >= since]
+        if self._is_worse(same, state) or any(self._is_new_trouble(finding) for finding in standing):
             return WORSE
         if step >= self.deadline:
             return NO_EFFECT if same else HELPED
@@ -56,6 +57,11 @@ class Trial:
             is_back = any(f.severity == "critical" or step - f.first_step >= PERSISTS for f in same)
             return NO_EFFECT if is_back else ""
         return "" if same else HELPED
+
+    def _is_new_trouble(self, finding: Finding) -> bool:
+        """Another rule, and worse than what the remedy was for."""
+        is_other = finding.rule != self.record.reason and finding.first_step >= self.record.step
+        return is_other and finding.severity == "critical"
 
     def _is_worse(self, same: list[Finding], state: RunState) -> bool:
         if math.isnan(state.loss) or math.isnan(self.loss):

@@ -41,6 +41,27 @@ def test_the_same_search_ends_the_same() -> None:
     assert [fork.losses for fork in healed().forks] == [fork.losses for fork in healed().forks]
 
 
+def test_a_fork_draws_what_it_would_draw_alone() -> None:
+    class Shuffled(DeepSigmoids):
+        def step(self, k: int) -> Tensor:
+            self.x, self.y = (part[torch.randperm(64)[:16]] for part in (self.data, self.targets))
+            return super().step(k)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.data, self.targets = self.x, self.y
+
+    state = torch.get_rng_state()
+    alone = Fork(Candidate("none"), Shuffled())
+    alone.run(60)
+
+    healing = heal(Shuffled, budget_steps=400, progress=False)
+
+    raced = next(fork for fork in healing.forks if fork.candidate.name == "none")
+    assert raced.losses == alone.losses[: raced.steps] != []
+    torch.set_rng_state(state)
+
+
 def test_the_best_goes_on_where_its_fork_ended() -> None:
     best = healed().best
     steps, loss = best.steps, best.loss

@@ -114,7 +114,7 @@ def episodes(*firsts: int, lasting: int = 2, rule: str = "exploding") -> dict[in
 
 
 def test_help_that_does_not_last_is_followed_by_the_next_remedy() -> None:
-    policy = Policy(Ladder([DecayLR(within=9, tries=2, cooldown=0), Rollback(within=9)]))
+    policy = Policy(Ladder([DecayLR(within=40, tries=2, cooldown=0), Rollback(within=9)]))
 
     assert acts(policy, range(11, 90), episodes(11, 40, 70)) == ["11 DecayLR", "40 DecayLR", "70 Rollback"]
 
@@ -128,7 +128,7 @@ def test_help_that_lasts_makes_a_remedy_worth_another_try() -> None:
 
 
 def test_what_keeps_coming_back_needs_no_further_confirmation() -> None:
-    policy = Policy(Ladder([DecayLR(within=9, tries=1, cooldown=0), Reinitialize(confirm=90)]))
+    policy = Policy(Ladder([DecayLR(within=60, tries=1, cooldown=0), Reinitialize(confirm=90)]))
 
     assert acts(policy, range(11, 90), episodes(11, 60)) == ["11 DecayLR", "60 Reinitialize"]
 
