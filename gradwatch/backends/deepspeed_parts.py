@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_local_grad
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradwatch.backends.torch_sharding import wrappers_of
+
+
+def engine_of(model: nn.Module) -> Any:
+    """The engine of a model, which trainers do not hand to their callbacks; None where it has none."""
+    return next(iter(wrappers_of(model, DeepSpeedEngine)), None)
 
 
 def part(parameter: Any, *, is_first: bool) -> Tensor | None:

@@ -100,16 +100,19 @@ def _fsdp1_modules(model: nn.Module) -> list[Any]:
     )
 
 
+def wrappers_of(model: nn.Module, kind: type[Any]) -> list[Any]:
+    """The objects of a kind, of all there are, whose attribute `module` is the model or a module in it."""
+    inside = {id(module) for module in model.modules()}
+    return [each for each in gc.get_objects() if issubclass(type(each), kind) and id(each.module) in inside]
+
+
 def _reduced_by_ddp(model: nn.Module) -> set[int]:
     """Ids of the parameters whose gradients a DistributedDataParallel averages.
 
     Trainers hand over the model inside, and users may: then whoever wraps it is found among all objects there are.
     """
-    inside = {id(module) for module in model.modules()}
     kind = nn.parallel.DistributedDataParallel
-    wrappers = [each for each in model.modules() if isinstance(each, kind)] or [
-        each for each in gc.get_objects() if issubclass(type(each), kind) and id(each.module) in inside
-    ]
+    wrappers = [each for each in model.modules() if isinstance(each, kind)] or wrappers_of(model, kind)
     return {
         id(parameter)
         for wrapper in wrappers

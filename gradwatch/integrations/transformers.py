@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradwatch.errors import MissingDependencyError
-from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.watcher import Watcher
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -35,7 +35,7 @@ class GradWatch(TrainerCallback):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.watcher: TorchWatcher | None = None
+        self.watcher: Watcher | None = None
         self._settings = settings
         self._losses: list[Tensor] = []
         self._handle: Any = None
@@ -47,7 +47,8 @@ class GradWatch(TrainerCallback):
         """Start to watch."""
         model: nn.Module = kwargs["model"]
         settings = {"run_dir": Path(str(args.output_dir)) / "gradwatch", **self._settings}
-        self.watcher = watch_torch(model, kwargs["optimizer"], **settings)
+        self.watcher = _watch_deepspeed(model, settings) if args.deepspeed else None
+        self.watcher = self.watcher or watch_torch(model, kwargs["optimizer"], **settings)
         self.watcher.on_stop = self._stop
         self._handle = model.register_forward_hook(_LossReader(self._losses))
 
@@ -86,6 +87,15 @@ class GradWatch(TrainerCallback):
 
     def _stop(self, _: str) -> None:
         self._stops = True
+
+
+def _watch_deepspeed(model: nn.Module, settings: dict[str, Any]) -> Watcher | None:
+    """Watch the engine of a model, which is none on a CPU although the arguments ask for one."""
+    from gradwatch.backends.deepspeed_parts import engine_of
+    from gradwatch.integrations.deepspeed import DeepSpeedWatcher
+
+    engine = engine_of(model)
+    return None if engine is None else DeepSpeedWatcher(engine, **settings)
 
 
 class _LossReader:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
+from torch.optim import SGD
 
 import gradwatch as gw
 from tests.distributed.pool import Pool
@@ -74,3 +76,21 @@ def test_actions_under_deepspeed_are_refused(pool: Pool, tmp_path: Path) -> None
     errors = pool.run("trainers:deepspeed_with_actions", run_dir=str(tmp_path / "ds"))
 
     assert errors == ["'actions' are not carried out under DeepSpeed: use its gradient_clipping"] * 2
+
+
+@pytest.mark.needs("deepspeed")
+@pytest.mark.framework("transformers")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_trainer_on_deepspeed_records_the_norms_of_one_process(pool: Pool, tmp_path: Path, stage: int) -> None:
+    found = pool.run("trainers:transformers_with_deepspeed", run_dir=str(tmp_path / "hf"), stage=stage)[0]
+
+    # Without a GPU, Accelerate gives DeepSpeed all data on each rank.
+    net, (x, y), norms = plain.model(), plain.data(), []
+    optimizer = SGD(net.parameters(), lr=plain.RATE)
+    for rows, targets in zip(x.split(plain.BATCH // 2), y.split(plain.BATCH // 2), strict=True):
+        optimizer.zero_grad()
+        plain.loss_of(net(rows), targets).backward()
+        norms.append([float(p.grad.double().norm()) for p in net.parameters() if p.grad is not None])
+        nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+    np.testing.assert_allclose(found, norms, rtol=1e-5)

@@ -77,7 +77,29 @@ class _Regression(nn.Module):
 
 def transformers(run_dir: str, **settings: Any) -> dict[str, Any]:
     """A `Trainer`, which hands the model inside its DistributedDataParallel to callbacks."""
+    watcher, model = _trained_by_transformers(run_dir, settings)
+    return _found(watcher, model, run_dir)
+
+
+def transformers_with_deepspeed(run_dir: str, stage: int) -> Any:
+    """A `Trainer` that trains by an engine of DeepSpeed, which it does not hand over either."""
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": "auto",
+    }
+    more = {"deepspeed": config, "use_cpu": False, "max_grad_norm": 0.5}
+    watcher, _ = _trained_by_transformers(run_dir, {"flush_every": 5}, **more)
+    assert not watcher.faults.messages, watcher.faults.messages
+    distributed.barrier()
+    return gw.load(run_dir).grad_norms().to_numpy() if distributed.get_rank() == 0 else None
+
+
+def _trained_by_transformers(run_dir: str, settings: dict[str, Any], **more: Any) -> tuple[Any, nn.Module]:
     _, count = _told_by_environment()
+    if not more.get("use_cpu", True):
+        del os.environ["ACCELERATE_USE_CPU"]
     from transformers import Trainer, TrainingArguments
 
     from gradwatch.integrations.transformers import GradWatch
@@ -93,13 +115,14 @@ def transformers(run_dir: str, **settings: Any) -> dict[str, Any]:
         args=TrainingArguments(
             output_dir=str(Path(run_dir).parent / "out"),
             per_device_train_batch_size=plain.BATCH // count,
-            learning_rate=plain.RATE, max_grad_norm=0.0, num_train_epochs=1, lr_scheduler_type="constant",
-            optim="sgd", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+            learning_rate=plain.RATE, num_train_epochs=1, lr_scheduler_type="constant",
+            optim="sgd", report_to=[], save_strategy="no", disable_tqdm=True,
+            **{"use_cpu": True, "max_grad_norm": 0.0, **more},
         ),
         train_dataset=[{"x": a, "y": b} for a, b in zip(x, y, strict=True)],
         callbacks=[callback],
     ).train()  # fmt: skip
-    return _found(callback.watcher, model, run_dir)
+    return callback.watcher, model
 
 
 def lightning(run_dir: str, **settings: Any) -> dict[str, Any]:
