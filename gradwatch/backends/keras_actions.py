@@ -100,8 +100,6 @@ class KerasActions:
                 values.restart_counts()
         elif action.name == "Reinitialize":
             done = self._initialize(due.layers, action.scheme, values)
-        elif action.name == "Stop":
-            self._model.stop_training = True
         return values.state, done
 
     def close(self) -> None:

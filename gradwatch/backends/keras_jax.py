@@ -63,6 +63,9 @@ class JaxTap(Tap):
     def reset(self) -> None:
         self._pending.clear()
         self.set_lr_factor(1.0)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
         self._state = {number: self.rule.initial_state() for number in self._state}
 
     def start(self, columns: Any, optimizers: Sequence[Any]) -> None:

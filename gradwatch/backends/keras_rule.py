@@ -19,8 +19,8 @@ from gradwatch.records import NOT_MEASURED, SKIP_REASONS, Floats
 
 Tensor = Any
 #: What follows the norms in a row: which optimizer, its learning rate, the loss, the factor on the global norm, an
-#: index into SKIP_REASONS, and 0 while the gradient only accumulates.
-EXTRAS = ("optimizer", "lr", "loss", "coefficient", "skip", "is_update")
+#: index into SKIP_REASONS, 0 while the gradient only accumulates, and the dynamic loss scale that the step used.
+EXTRAS = ("optimizer", "lr", "loss", "coefficient", "skip", "is_update", "grad_scale")
 _NONFINITE, _SPIKE, _SCALER = (SKIP_REASONS.index(reason) for reason in ("nonfinite", "spike", "grad_scaler"))
 
 

@@ -101,6 +101,10 @@ class Tap(ABC):
         """Forget rows and what actions remember: a new run begins."""
 
     @abstractmethod
+    def begin_anew(self) -> None:
+        """Let the in-step actions learn anew what is usual: norms of other weights say nothing about those to come."""
+
+    @abstractmethod
     def drain(self, *, lag: int = 0) -> Floats:
         """The rows written since the last call, float32 of shape (k, width + len(EXTRAS)).
 
@@ -155,6 +159,8 @@ class Tap(ABC):
         extras: dict[str, Any] = {"optimizer": float(number), "lr": lr, "coefficient": 1.0, "skip": 0.0}
         extras["is_update"] = 1.0 if gradients.is_update is None else gradients.is_update
         extras["loss"] = NOT_MEASURED if loss is None else loss
+        if scaled:
+            extras["grad_scale"] = gradients.scale
         if self.rule.actions:
             present = keras.ops.where(norms == NOT_MEASURED, 0.0, norms)
             verdict = self.rule(present, state, gradients=gradients, is_scaled=scaled)

@@ -100,6 +100,9 @@ class TensorFlowTap(Tap):
         if self._cursor is not None:
             self._read = int(self._cursor.numpy())
         self.set_lr_factor(1.0)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
         for variables in self._state.values():
             for variable, value in zip(variables, self.rule.initial_state(), strict=True):
                 variable.assign(value)

@@ -52,8 +52,11 @@ class TorchTap(Tap):
 
     def reset(self) -> None:
         self._pending.clear()
-        self._state.clear()
+        self.begin_anew()
         self.set_lr_factor(1.0)
+
+    def begin_anew(self) -> None:
+        self._state.clear()
 
     def drain(self, *, lag: int = 0) -> Floats:
         if not self._pending:

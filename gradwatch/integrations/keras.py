@@ -7,11 +7,13 @@ the old one back when it ends.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import keras
 
 from gradwatch.actions.policy import Policy
+from gradwatch.integrations.keras_fits import Fit
 from gradwatch.integrations.keras_session import Session
 from gradwatch.integrations.keras_watcher import KerasWatcher
 from gradwatch.records import Finding
@@ -51,6 +53,7 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
         self._session: Session | None = None
         self._last: KerasWatcher | None = None
         self._state: dict[str, Any] | None = None
+        self._fit: Fit | None = None
 
     @property
     def watcher(self) -> KerasWatcher | None:
@@ -66,14 +69,31 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
     def on_train_begin(self, logs: Any = None) -> None:
         """Begin to watch."""
         settings = self._settings
-        if self._session is not None:
-            self._state = self._session.release("crashed", "fit() ended early") or self._state
-            self._session = None
+        for watch in list(_watching):
+            watch.end_if_left()
+        self._end("crashed", "fit() ended early")
         if self._last is not None:
             settings = dataclasses.replace(settings, run_dir=self._last.run_dir, resume=True, overwrite=False)
         # `self.model` would make the JAX trainer write its whole state back.
-        self._session = Session(self._model, settings, watcher_state=self._state)
+        self._session = Session(self._model, settings, watcher_state=self._state, stop=self._stop)
         self._last = self._session.watcher
+        self._fit = Fit()
+        _watching.add(self)
+
+    def end_if_left(self) -> None:
+        """End the record of a `fit` that was interrupted and so could not say that it ended."""
+        if self._fit is not None and self._fit.is_over:
+            self._end("crashed", "fit() ended early")
+
+    def _end(self, status: str = "finished", detail: str = "") -> None:
+        session, self._session, self._fit = self._session, None, None
+        _watching.discard(self)
+        if session is not None:
+            self._last = session.watcher or self._last
+            self._state = session.release(status, detail) or self._state
+
+    def _stop(self, words: str) -> None:
+        self._model.stop_training = True
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Count epochs and batches."""
@@ -88,7 +108,8 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
 
     def on_train_end(self, logs: Any = None) -> None:
         """Stop watching; the model is as it was."""
-        session, self._session = self._session, None
-        if session is not None:
-            self._last = session.watcher or self._last
-            self._state = session.release()
+        self._end()
+
+
+#: Those whose session was not ended.
+_watching: weakref.WeakSet[GradWatch] = weakref.WeakSet()

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 
 from gradwatch.actions.base import Due
-from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
+from gradwatch.backends.keras_actions import KerasActions
 from gradwatch.backends.keras_model import Columns, optimizers_of
 from gradwatch.backends.keras_tap import Tap
 from gradwatch.errors import ModelError
@@ -60,7 +60,7 @@ class KerasLoopWatcher(KerasWatcher):
         self.faults.call("keras host", self._look, number, default=None)
 
     def _look(self, number: int) -> None:
-        self.take_in_order(self._tap.drain())
+        self._take()
         if self.has_stepped(number):
             self._act(self.settle())
             if self.decides_between_steps:
@@ -68,26 +68,21 @@ class KerasLoopWatcher(KerasWatcher):
 
     def _act(self, dues: Sequence[Due]) -> None:
         for due in dues:
-            done = ""
-            try:
-                if not self.settings.dry_run:
-                    _, done = self._actions.apply(due, None)
-            except CannotApplyError as error:
-                self.monitor.could_not_act(due, self.coming_step, str(error))
-                continue
-            self.monitor.acted(due, self.coming_step, detail=done)
-            self._tap.set_lr_factor(self.lr_factor)
+            self.act(due, self._actions, self._tap)
 
     def log(self, **numbers: Any) -> None:
-        """Add numbers to the record of the step before; inside a `tf.function` loop also the moment to look at it."""
-        self._require_open()
-        self.faults.call("keras host", self._fetch, default=None)
-        super().log(**numbers)
+        """Add numbers to the record of the step before; inside a `tf.function` loop also the moment to look at it.
 
-    def _fetch(self) -> None:
-        rows = self._tap.drain()
-        self.take_in_order(rows)
-        self._act(self.settle(keep=1))
+        Raises:
+            StopTraining: A `Stop` is due.
+        """
+        self._require_open()
+        self.faults.call("keras host", self._take, default=None)
+        super().log(**numbers)
+        self.faults.call("keras host", lambda: self._act(self.settle(keep=1)), default=None)
+
+    def _take(self) -> None:
+        self.take_in_order(self._tap.drain())
 
     def initial_state(self) -> dict[str, Any]:
         """On JAX: what `stateless_apply` takes at the first step."""
@@ -140,7 +135,7 @@ class KerasLoopWatcher(KerasWatcher):
         if self._closed:
             return
         self._attached.close()
-        self.faults.call("keras host", lambda: self.take_in_order(self._tap.drain()), default=None)
+        self.faults.call("keras host", self._take, default=None)
         self.finish()
         self._tap.set_lr_factor(1.0)
         super().close(status, detail)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
-from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
+from gradwatch.backends.keras_actions import KerasActions
 from gradwatch.backends.keras_rule import base_of
-from gradwatch.errors import ModelError
+from gradwatch.errors import ModelError, StopTraining
 from gradwatch.integrations.keras_instrument import Instrument
 from gradwatch.integrations.keras_watcher import Call, KerasWatcher, Statistics
 from gradwatch.records import NOT_MEASURED, Floats
@@ -32,10 +32,18 @@ class Session:
         model: A compiled model whose `fit` has begun.
         settings: Of the record.
         watcher_state: `Watcher.state_dict` of the session before, whose run goes on.
+        stop: What `Stop` does; by default it raises `StopTraining`.
     """
 
-    def __init__(self, model: keras.Model, settings: Settings, *, watcher_state: dict[str, Any] | None = None) -> None:
-        self.model, self.settings, self._state = model, settings, watcher_state
+    def __init__(
+        self,
+        model: keras.Model,
+        settings: Settings,
+        *,
+        watcher_state: dict[str, Any] | None = None,
+        stop: Callable[[str], None] | None = None,
+    ) -> None:
+        self.model, self.settings, self._state, self._stop = model, settings, watcher_state, stop
         self.watcher: KerasWatcher | None = None
         self.epoch, self.batch, self.calls = 0, 0, 0
         self._before_sample: Any = None
@@ -63,6 +71,7 @@ class Session:
             given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
             self.watcher = KerasWatcher(tap.columns, modules=self.instrument.sampler.modules, **given)
             self.watcher.micro_steps = _micro_steps(self.model)
+            self.watcher.on_stop = self._stop or self.watcher.on_stop
             self.actions = KerasActions(
                 self.model,
                 tap.columns,
@@ -86,7 +95,7 @@ class Session:
             with self.instrument.attached():
                 result = self.instrument.function(*args)
         except BaseException as error:
-            if not _is_end_of_data(error):
+            if not (isinstance(error, StopTraining) or _is_end_of_data(error)):
                 self.release("crashed", f"{type(error).__name__}: {error}"[:500])
             raise
         if not self._is_jax:
@@ -105,11 +114,12 @@ class Session:
     def _look(self, state: Any) -> Any:
         watcher = self.watcher
         assert watcher is not None
+        assert self.actions is not None
         if (lag := self._lag()) is not None:
             self.read(lag=lag)
             for due in watcher.settle():
-                state = self._act(due, state)
-        if watcher.decides_between_steps and self.actions is not None:
+                state = watcher.act(due, self.actions, self.instrument.tap, state)
+        if watcher.decides_between_steps:
             self.actions.watch_over(watcher.coming_step, state, is_well=watcher.is_well)
         self._call = watcher.began(epoch=self.epoch, batch=self.batch)
         self._sampled = self._is_sampled()
@@ -152,21 +162,6 @@ class Session:
         tap, sampler = self.instrument.tap, self.instrument.sampler
         found = tap.sample()
         return lambda: sampler.taken_apart(np.asarray(found), tap.width)
-
-    def _act(self, due: Due, state: Any) -> Any:
-        """Apply an action and record it; on JAX to the state of the training, which is returned."""
-        watcher, done = self.watcher, ""
-        assert watcher is not None
-        assert self.actions is not None
-        try:
-            if not watcher.settings.dry_run:
-                state, done = self.actions.apply(due, state)
-        except CannotApplyError as error:
-            watcher.monitor.could_not_act(due, watcher.coming_step, str(error))
-            return state
-        watcher.monitor.acted(due, watcher.coming_step, detail=done)
-        self.instrument.tap.set_lr_factor(watcher.lr_factor)
-        return state
 
     def _lag(self) -> int | None:
         """How many of the newest rows to leave on the device when it is time to look; None when it is not.

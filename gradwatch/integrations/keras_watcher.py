@@ -16,17 +16,19 @@ import numpy.typing as npt
 
 from gradwatch.actions.base import BetweenStepsAction, Due
 from gradwatch.actions.policy import Policy
+from gradwatch.backends.keras_actions import CannotApplyError, KerasActions
 from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_rule import EXTRAS, Rule
+from gradwatch.backends.keras_tap import Tap
 from gradwatch.provenance import _versions as versions_of
-from gradwatch.records import NOT_MEASURED, Floats, RunInfo
+from gradwatch.records import NOT_MEASURED, RENEWED, Floats, RunInfo
 from gradwatch.rows import Rows
 from gradwatch.watcher import Watcher, number
 
 #: Reads what was sampled from the device; only when it is taken does anybody wait for it.
 Statistics = Callable[[], dict[str, Floats]]
 
-_OPTIMIZER, _LR, _LOSS, _COEFFICIENT, _SKIP, _IS_UPDATE = range(len(EXTRAS))
+_OPTIMIZER, _LR, _LOSS, _COEFFICIENT, _SKIP, _IS_UPDATE, _GRAD_SCALE = range(len(EXTRAS))
 
 
 #: Steps that the monitor is shown at once at most.
@@ -45,6 +47,7 @@ class Call:
         ended: Unix time.
         logs: What the train function returned; scalars of the framework, not yet read.
         statistics: Each gives what was sampled, by name of the statistic.
+        is_renewed: Whether a remedy gave the network other weights before it.
     """
 
     started: float
@@ -54,6 +57,7 @@ class Call:
     ended: float = 0.0
     logs: Mapping[str, Any] = field(default_factory=dict)
     statistics: list[Statistics] = field(default_factory=list)
+    is_renewed: bool = False
 
 
 @dataclass
@@ -80,6 +84,7 @@ class KerasWatcher(Watcher):
         self._calls: deque[Call] = deque()
         self._pending: list[_Row] = []
         self._rows_per_call = 1
+        self._is_renewed = self._owes_renewal = False
         #: Calls that make one update, with gradient accumulation.
         self.micro_steps = 1
         self._taken_at = time.time()
@@ -130,7 +135,8 @@ class KerasWatcher(Watcher):
 
     def began(self, *, epoch: int | None, batch: int) -> Call:
         """A train function is about to run."""
-        return Call(time.time(), epoch, batch, self.lr_factor)
+        is_renewed, self._is_renewed = self._is_renewed, False
+        return Call(time.time(), epoch, batch, self.lr_factor, is_renewed=is_renewed)
 
     def ran(self, call: Call, logs: Any) -> None:
         """It ran; its rows may still be on the device."""
@@ -160,7 +166,8 @@ class KerasWatcher(Watcher):
 
     def take_in_order(self, rows: Floats) -> None:
         """Take rows of a loop that nobody counts the calls of; optimizers that take turns share a step."""
-        now = Call(self._taken_at, None, 0, self.lr_factor, ended=time.time())
+        now = self.began(epoch=None, batch=0)
+        now.started, now.ended = self._taken_at, now.started
         first = len(self._pending)
         for values in rows:
             self._add(now, values, self._pending)
@@ -179,6 +186,8 @@ class KerasWatcher(Watcher):
         row.metrics["lr" if not row.stepped else f"lr.{who}"] = float(extras[_LR])
         if extras[_LOSS] != NOT_MEASURED:
             row.metrics.setdefault("loss", float(extras[_LOSS]))
+        if extras[_GRAD_SCALE] != NOT_MEASURED:
+            row.metrics.setdefault("grad_scale", float(extras[_GRAD_SCALE]))
         coefficient = float(extras[_COEFFICIENT])
         row.metrics["clip_coefficient"] = min(coefficient, row.metrics.get("clip_coefficient", math.inf))
         row.skip_reason = max(row.skip_reason, int(extras[_SKIP]))
@@ -191,8 +200,12 @@ class KerasWatcher(Watcher):
             if call.epoch is not None:
                 row.metrics["epoch"] = float(call.epoch)
                 row.metrics["batch"] = float(call.batch + i)
+        self._owes_renewal = self._owes_renewal or call.is_renewed
         if not rows:
             return
+        if self._owes_renewal:
+            self._owes_renewal = False
+            rows[0].metrics[RENEWED] = 1.0
         for name, value in call.logs.items():
             rows[-1].metrics.setdefault(name, _scalar(value))
         for read in call.statistics:
@@ -223,6 +236,38 @@ class KerasWatcher(Watcher):
         """Close all steps that were taken, before the watcher is closed."""
         none: list[Due] = []
         self.faults.call("keras host", self.settle, default=none)
+
+    def act(self, due: Due, actions: KerasActions, tap: Tap, state: Any = None) -> Any:
+        """Apply an action between steps and record it.
+
+        Args:
+            due: What the policy decided.
+            actions: Apply it.
+            tap: Hears what follows for the steps to come.
+            state: JAX's, of the training inside `fit`.
+
+        Returns:
+            JAX's state, changed.
+
+        Raises:
+            StopTraining: It is a `Stop`, and `on_stop` does nothing else about it.
+        """
+        is_dry, done = self.settings.dry_run, ""
+        try:
+            if not is_dry:
+                state, done = actions.apply(due, state)
+        except CannotApplyError as error:
+            self.monitor.could_not_act(due, self.coming_step, str(error))
+            return state
+        self.monitor.acted(due, self.coming_step, detail=done)
+        tap.set_lr_factor(self.lr_factor)
+        if not is_dry:
+            self._is_renewed = self._is_renewed or due.action.renews
+            if due.action.begins_anew:
+                tap.begin_anew()
+            if due.action.name == "Stop":
+                self.on_stop(due.detail)
+        return state
 
     def note_cost(self, seconds: float) -> None:
         """Count time that we took on the host."""

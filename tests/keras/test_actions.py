@@ -13,7 +13,7 @@ import pytest
 import gradwatch as gw
 from gradwatch.keras import GradWatch
 from gradwatch.reader import RunReader
-from gradwatch.records import Finding, StepBatch
+from gradwatch.records import RENEWED, Finding, StepBatch
 from tests.keras.training import (
     BACKEND,
     EXACT,
@@ -140,6 +140,21 @@ def test_reinitialize_gives_new_weights_and_clears_their_state(tmp_path: Path, s
     assert [np.allclose(a, b) for a, b in zip(before, after, strict=True)] == [False, True, False, True]
     assert all(np.isfinite(weights).all() for weights in after)
     assert 0.5 < np.std(after[0]) / np.std(before[0]) < 2.0
+
+
+def test_after_new_weights_what_is_usual_is_learnt_anew(tmp_path: Path) -> None:
+    x, y = data(40)
+    x[:24] *= 1e-3
+    y[:24] *= 1e-3
+    step = 4 if BACKEND == "jax" else 5
+    for name, others in {"new": [gw.Reinitialize(on="exploding", confirm=0)], "same": []}.items():
+        actions = [gw.ZClip(warmup=3), *others]
+        callback = GradWatch(run_dir=tmp_path / name, actions=actions, detectors=[found_at(step)])
+        fit(dense(optimizer=SGD(0.0)), x, y, callback, epochs=1)
+    table = metrics(tmp_path / "new")
+    assert table.index[table[RENEWED] == 1.0].tolist() == [6]
+    assert table["clip_coefficient"].loc[6:8].tolist() == [1.0] * 3
+    assert metrics(tmp_path / "same")["clip_coefficient"].loc[6] < 0.01
 
 
 def test_reset_optimizer_state_empties_the_moments(tmp_path: Path) -> None:

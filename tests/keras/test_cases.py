@@ -219,6 +219,7 @@ def test_loss_scaling_is_taken_out_and_its_skips_are_marked(tmp_path: Path, acti
     assert difference(fit(dense(optimizer=_scaled()), x, y, epochs=1), watched) == 0.0
     assert metrics(tmp_path / "run")["skip_reason"].tolist() == ["", "", "grad_scaler", "", "", ""]
     assert float(watched.optimizer.dynamic_scale.numpy()) == 512.0
+    assert metrics(tmp_path / "run")["grad_scale"].tolist() == [1024.0] * 3 + [512.0] * 3
     expected = reference(dense(optimizer=_scaled()), batches(x, y))
     finite = [0, 1, 3, 4, 5]
     assert relative_error(recorded(tmp_path / "run")[finite], expected[finite]) < EXACT

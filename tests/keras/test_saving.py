@@ -12,7 +12,8 @@ import pytest
 
 import gradwatch as gw
 from gradwatch.keras import GradWatch
-from tests.keras.training import BACKEND, data, dense, difference, fit
+from gradwatch.reader import RunReader
+from tests.keras.training import BACKEND, data, dense, difference, fit, metrics, recorded
 
 
 class Saves(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
@@ -54,6 +55,42 @@ def test_saving_in_mid_fit_is_as_without_the_callback(tmp_path: Path) -> None:
     assert difference(fresh, saved[0]) == 0.0
     names = [variable.path for variable in (*model.variables, *model.optimizer.variables)]
     assert len(names) - len(variables) in (0, 8)  # the moments, where Keras makes them in the first step
+
+
+class Dies(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if (self.epoch, batch) == (1, 3):
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("is_new_process", [False, True])
+def test_a_fit_that_is_restored_after_an_interruption_is_as_without_the_callback(
+    tmp_path: Path, *, is_new_process: bool
+) -> None:
+    x, y = data(24)
+
+    def restored(folder: Path, *watch: Any) -> keras.Model:
+        def train(model: keras.Model, *callbacks: Any) -> None:
+            fit(model, x, y, *callbacks, keras.callbacks.BackupAndRestore(folder), epochs=3)
+
+        model = dense()
+        with pytest.raises(InterruptedError):
+            train(model, *watch[:1], Dies())
+        model = dense() if is_new_process else model
+        train(model, *watch[1:])
+        return model
+
+    first = GradWatch(run_dir=tmp_path / "run")
+    second = GradWatch(run_dir=tmp_path / "run", resume=True) if is_new_process else first
+    watched = restored(tmp_path / "watched", first, second)
+    assert difference(restored(tmp_path / "plain"), watched) == 0.0
+    assert metrics(tmp_path / "run")["epoch"].tolist() == [0] * 6 + [1] * 10 + [2] * 6
+    norms = recorded(tmp_path / "run")
+    assert np.array_equal(norms[6:10], norms[10:14])
+    assert RunReader(tmp_path / "run").info.status == "finished"
 
 
 def test_after_the_fit_the_model_is_as_it_was(tmp_path: Path) -> None:
