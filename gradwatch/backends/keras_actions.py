@@ -54,6 +54,8 @@ class KerasActions:
     ) -> None:
         self._model, self._columns, self._optimizers = model, columns, list(optimizers)
         self._rng = np.random.default_rng()
+        #: Whether the weights are in the model's variables, or JAX's state: not in a stateless loop of the user's own.
+        self.are_weights_here = True
         listed: list[Any] = list(actions)
         self._rollback = next((action for action in listed if action.name == "Rollback"), None)
         on_disk = self._rollback is not None and self._rollback.where == "disk"
@@ -68,7 +70,11 @@ class KerasActions:
 
     def watch_over(self, step: int, state: Any, *, is_well: bool) -> None:
         """Take a snapshot before `step` when it is time and all is well."""
-        if self._rollback is None or (self._ring and (step % self._rollback.every or not is_well)):
+        if (
+            self._rollback is None
+            or not self.are_weights_here
+            or (self._ring and (step % self._rollback.every or not is_well))
+        ):
             return
         values = self.values(state)
         found = [values.read(variable) for variable in values.everything()]
@@ -92,6 +98,8 @@ class KerasActions:
         """
         action: Any = due.action
         values, done = self.values(state), ""
+        if not (self.are_weights_here or action.name in ("DecayLR", "Stop")):
+            raise CannotApplyError("the weights and the optimizer's state are in variables of the loop")
         if action.name == "Rollback":
             done = self._roll_back(due, values)
         elif action.name == "ResetOptimizerState":

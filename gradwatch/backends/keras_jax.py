@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
 import keras
 import numpy as np
 from jax import numpy as jnp
+from keras.src.backend.common.stateless_scope import in_stateless_scope  # without a public name
 
 from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, edited, gather
 from gradwatch.backends.keras_samples import Sampler
@@ -188,6 +189,48 @@ class JaxTap(Tap):
             return {"row": row, "lr_factor": state["lr_factor"], "actions": self._traced_state}
 
         yield after
+
+    def eagerly(self, optimizers: Sequence[Any]) -> AbstractContextManager[None]:
+        """Sits on `apply` of the optimizers until the block ends, for loops that call it op by op."""
+        return replaced((each, "apply", self._eager(n, each, each.apply)) for n, each in enumerate(optimizers))
+
+    def _eager(self, number: int, optimizer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        def apply(grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None) -> Any:
+            grads = list(grads)
+            if in_stateless_scope() or any(isinstance(grad, jax.core.Tracer) for grad in grads):
+                return original(grads, trainable_variables)  # called by `stateless_apply`
+            if self.on_step is not None:
+                self.on_step(number)
+            variables = list(optimizer._trainable_variables if trainable_variables is None else trainable_variables)
+            ours = self.faults.call(
+                "keras tap", self._measure_eagerly, number, optimizer, grads, variables, default=None
+            )
+            new, is_skipped = ours or (grads, False)
+            if is_skipped:
+                return None
+            with replaced(self._rate_replacements(optimizer)):
+                return original(new, variables)
+
+        return apply
+
+    def _measure_eagerly(
+        self, number: int, optimizer: Any, grads: list[Tensor | None], variables: Sequence[Any]
+    ) -> tuple[list[Tensor | None], bool]:
+        place = {id(variable): i for i, variable in enumerate(optimizer._trainable_variables)}
+        whole: list[Tensor | None] = [None] * len(place)
+        for variable, grad in zip(variables, grads, strict=True):
+            whole[place[id(variable)]] = grad
+        held, weights = ([v.value for v in kept] for kept in (optimizer.variables, optimizer._trainable_variables))
+        self._rows, self._traced_factor, self._traced_state = [], self._factor, self._state
+        new, skip, after_skip, before_update = self._measure(number, optimizer, held, whole, weights)
+        self._pending.append(self._rows[-1][None])
+        is_skipped = skip is not None and bool(skip)
+        for variable, old, value in zip(
+            optimizer.variables, held, after_skip if is_skipped else before_update, strict=True
+        ):
+            if value is not old:
+                variable.assign(value)
+        return [new[place[id(variable)]] for variable in variables], is_skipped
 
     before_step: Callable[[Any], Any] = staticmethod(lambda state: state)
     after_step: Callable[[Any, Any], None] = staticmethod(lambda state, logs: None)

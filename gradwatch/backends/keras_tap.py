@@ -71,6 +71,9 @@ class Tap(ABC):
 
     def _replacements(self, number: int, optimizer: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield optimizer, self.entry, self._entry(number, optimizer, getattr(optimizer, self.entry))
+        yield from self._rate_replacements(optimizer)
+
+    def _rate_replacements(self, optimizer: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         base = base_of(optimizer)
         if self.scales_lr:
             current = base._get_current_learning_rate

@@ -45,9 +45,9 @@ class KerasLoopWatcher(KerasWatcher):
         self._tap = self._make_tap()
         run_dir = self.run_dir
         self._actions = KerasActions(model, self._columns, optimizers=optimizers, actions=self.between, run_dir=run_dir)
-        self._is_jax = keras.backend.backend() == "jax"
-        if not self._is_jax:
-            self._attached.enter_context(self._tap.attached(model, self._optimizers))
+        eagerly = getattr(self._tap, "eagerly", None)
+        sits = eagerly(optimizers) if eagerly else self._tap.attached(model, self._optimizers)
+        self._attached.enter_context(sits)
 
     def _make_tap(self) -> Tap:
         tap = tap_for(rule_of(self._policy), scaled=scales_lr(self.between), rows=RING_ROWS, prepare=lambda: None)
@@ -121,12 +121,13 @@ class KerasLoopWatcher(KerasWatcher):
         """
         self._require_open()
         self._jax_tap().keep(state)
+        self._actions.are_weights_here = False
         self.log(**numbers)
         following: dict[str, Any] = self._jax_tap().loop_state(state)
         return following
 
     def _jax_tap(self) -> Any:
-        if not self._is_jax:
+        if not hasattr(self._tap, "loop_state"):
             raise ModelError("only the JAX backend has stateless loops; call the optimizer as usual")
         return self._tap
 

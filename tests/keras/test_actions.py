@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import gradwatch as gw
 from gradwatch.keras import GradWatch
 from gradwatch.reader import RunReader
-from gradwatch.records import RENEWED, Finding, StepBatch
+from gradwatch.records import RENEWED
 from tests.keras.training import (
     BACKEND,
     EXACT,
@@ -22,6 +22,7 @@ from tests.keras.training import (
     dense,
     difference,
     fit,
+    found_at,
     metrics,
     recorded,
     reference,
@@ -29,20 +30,6 @@ from tests.keras.training import (
 )
 
 SGD = keras.optimizers.SGD
-Detect = Callable[[StepBatch], Iterable[Finding]]
-
-
-def found_at(step: int, rule: str = "exploding") -> Detect:
-    """A detector that finds something at one step, and sees it gone at the next."""
-
-    def detect(batch: StepBatch) -> Iterable[Finding]:
-        finding = Finding("f", rule, "critical", first_step=step, last_step=step)
-        if step in batch.step:
-            yield finding
-
-    return detect
-
-
 CLIPS: dict[str, tuple[Callable[[], Any], dict[str, float]]] = {
     "max_norm": (lambda: gw.Clip(max_norm=0.5), {"global_clipnorm": 0.5}),
     "per_layer": (lambda: gw.Clip(per_layer=0.3), {"clipnorm": 0.3}),

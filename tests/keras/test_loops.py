@@ -12,6 +12,8 @@ import pytest
 import gradwatch as gw
 from gradwatch.errors import ModelError
 from gradwatch.integrations.keras_loop import watch_keras
+from gradwatch.reader import RunReader
+from gradwatch.records import RENEWED
 from tests.keras.training import (
     BACKEND,
     EXACT,
@@ -19,6 +21,7 @@ from tests.keras.training import (
     data,
     dense,
     difference,
+    found_at,
     gradients,
     metrics,
     recorded,
@@ -51,12 +54,9 @@ def _tape(model: keras.Model, x: Any, y: Any, watcher: Any, *, compiled: bool) -
 
 
 def _plain(model: keras.Model, x: Any, y: Any, watcher: Any, *, compiled: bool) -> None:
-    import torch
-
     for one in batches(x, y):
-        grads = [torch.tensor(grad, dtype=torch.float32) for grad in gradients(model, *one)]
-        with torch.no_grad():
-            model.optimizer.apply(grads, model.trainable_variables)
+        grads = [keras.ops.convert_to_tensor(grad, "float32") for grad in gradients(model, *one)]
+        model.optimizer.apply(grads, model.trainable_variables)
         if watcher is not None:
             watcher.log(loss=0.5)
 
@@ -119,6 +119,49 @@ def test_a_loop_is_clipped_and_bad_batches_skipped(tmp_path: Path, *, compiled: 
         _loop(watched, x, y, watcher, compiled=compiled)
     assert difference(plain, watched) < EXACT
     assert metrics(tmp_path / "run")["skip_reason"].tolist() == ["", "", "nonfinite", "", "", ""]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere every loop calls the optimizer like this")
+def test_a_loop_that_jax_runs_op_by_op(tmp_path: Path) -> None:
+    x, y = data(24)
+    plain, watched, other = _model(), _model(), _model(global_clipnorm=0.3)
+    _plain(plain, x, y, None, compiled=False)
+    with watch_keras(watched, watched.optimizer, run_dir=tmp_path / "run") as watcher:
+        _plain(watched, x, y, watcher, compiled=False)
+    assert difference(plain, watched) == 0.0
+    assert relative_error(recorded(tmp_path / "run"), reference(_model(), batches(x, y))) < EXACT
+    y[8] = np.nan
+    keep = np.r_[0:8, 12:24]
+    _plain(other, x[keep], y[keep], None, compiled=False)
+    watched = _model()
+    actions = [gw.SkipStep(), gw.Clip(max_norm=0.3), gw.DecayLR(on="exploding")]
+    with watch_keras(watched, watched.optimizer, run_dir=tmp_path / "clip", actions=actions, detectors=[]) as watcher:
+        _plain(watched, x, y, watcher, compiled=False)
+    assert difference(other, watched) < EXACT
+    assert metrics(tmp_path / "clip")["skip_reason"].tolist() == ["", "", "nonfinite", "", "", ""]
+
+
+def test_stop_leaves_a_loop(tmp_path: Path) -> None:
+    model, settings = _model(), {"actions": [gw.Stop(on="dead")], "detectors": [found_at(5, "dead")]}
+    with (
+        watch_keras(model, model.optimizer, run_dir=tmp_path / "run", **settings) as watcher,
+        pytest.raises(gw.StopTraining, match="training stopped"),
+    ):
+        _loop(model, *data(40), watcher)
+    assert len(recorded(tmp_path / "run")) == (7 if BACKEND == "jax" else 6)
+
+
+def test_new_weights_in_a_loop(tmp_path: Path) -> None:
+    model, actions = _model(), [gw.Reinitialize(on="exploding", confirm=0)]
+    settings = {"actions": actions, "detectors": [found_at(1)], "run_dir": tmp_path / "run"}
+    with watch_keras(model, model.optimizer, **settings) as watcher:
+        _loop(model, *data(16), watcher)
+    (action, *_) = RunReader(tmp_path / "run").action_list()
+    if BACKEND == "jax":
+        assert action.outcome == "failed: the weights and the optimizer's state are in variables of the loop"
+    else:
+        table = metrics(tmp_path / "run")
+        assert table.index[table[RENEWED] == 1.0].tolist() == [action.step] == [2]
 
 
 def test_train_on_batch_is_watched_until_close(tmp_path: Path) -> None:

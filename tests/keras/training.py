@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,10 +11,12 @@ import keras
 import numpy as np
 
 from gradwatch.reader import RunReader
+from gradwatch.records import Finding, StepBatch
 
 BACKEND = keras.backend.backend()
 EXACT = 1e-6
 Batch = tuple[np.ndarray, np.ndarray]
+Detect = Callable[[StepBatch], Iterable[Finding]]
 
 
 def data(n: int = 22, *, inputs: int = 6, outputs: int = 2) -> Batch:
@@ -123,3 +125,14 @@ def difference(one: keras.Model, other: keras.Model) -> float:
 def fit(model: keras.Model, x: Any, y: Any, *callbacks: Any, **kwargs: Any) -> keras.Model:
     model.fit(x, y, **{"batch_size": 4, "epochs": 2, "shuffle": False, "verbose": 0, **kwargs}, callbacks=[*callbacks])
     return model
+
+
+def found_at(step: int, rule: str = "exploding") -> Detect:
+    """A detector that finds something at one step, and sees it gone at the next."""
+
+    def detect(batch: StepBatch) -> Iterable[Finding]:
+        finding = Finding("f", rule, "critical", first_step=step, last_step=step)
+        if step in batch.step:
+            yield finding
+
+    return detect
