@@ -89,11 +89,11 @@ class JaxTap(Tap):
     def limit(self, grad: Tensor, limit: Tensor) -> Tensor:
         return jnp.clip(grad, -limit, limit).astype(grad.dtype)
 
-    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
+    def copies(self, values: Sequence[Tensor]) -> Any:
         copies: list[Tensor] = _copied(list(values))  # the step that follows deletes the originals
         return copies
 
-    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    def changes(self, before: Any, after: Sequence[Tensor]) -> Tensor:
         return _change_norms(list(before), list(after))
 
     @contextmanager

@@ -26,6 +26,8 @@ SATURATION = {
 RELU_FAMILY = ("ReLU", "ReLU6")
 ACTIVATIONS = (*SATURATION, *RELU_FAMILY, "LeakyReLU", "PReLU", "GELU", "ELU", "SELU", "SiLU")
 EXTREMES = ("grad_max", "zero_fraction", "nonfinite_count")
+#: Weights copied at once to measure an update; of a larger model each sample measures another part.
+MOST_COPIED = 1 << 26
 #: The gradient of an output is not within reach of a layer's call.
 OUTPUTS = MODULE_STATISTICS[:4]
 
@@ -85,6 +87,7 @@ class Sampler:
         outputs: dict[int, Tensor],
         *,
         xp: Any = ops,
+        extremes: Tensor | None = None,
     ) -> Tensor:
         """The vector of a step.
 
@@ -94,10 +97,14 @@ class Sampler:
             sizes: Number of elements of each column's variable.
             outputs: As from `outputs`.
             xp: numpy, where all of these are arrays of numpy; else `keras.ops`.
+            extremes: `EXTREMES` column by column, where the backend has measured them by itself.
         """
         found: list[Tensor] = [np.full(3, NOT_MEASURED, np.float32)] * len(sizes)
-        for column, entries in zip(gradients.columns, values, strict=True):
-            found[column] = _extremes(entries, sizes[column], gradients.factor, xp)
+        if extremes is not None:
+            found = [extremes]
+        else:
+            for column, entries in zip(gradients.columns, values, strict=True):
+                found[column] = _extremes(entries, sizes[column], gradients.factor, xp)
         nothing = np.full(len(OUTPUTS), NOT_MEASURED, np.float32)
         for place, layer in enumerate(self.layers):
             found.append(output_statistics(outputs[place], layer, xp) if place in outputs else nothing)
@@ -112,13 +119,31 @@ class Sampler:
         return named | (dict(zip(OUTPUTS, outputs, strict=True)) if self.layers else {})
 
 
+def parts(sizes: Sequence[int]) -> list[list[int]]:
+    """Places of weights of these sizes, in parts of at most `MOST_COPIED` elements or one weight.
+
+    Examples:
+        >>> parts([5, MOST_COPIED, 7, 8])
+        [[0], [1], [2, 3]]
+    """
+    found: list[list[int]] = [[]]
+    total = 0
+    for place, size in enumerate(sizes):
+        if found[-1] and total + size > MOST_COPIED:
+            found.append([])
+            total = 0
+        found[-1].append(place)
+        total += size
+    return found
+
+
 def _extremes(entries: Tensor, size: int, factor: Tensor | float, xp: Any) -> Tensor:
     """Largest finite magnitude, share of exact zeros, number of entries that are not finite."""
     line = _single(entries, xp)
     finite = xp.isfinite(line)
     largest = xp.max(xp.where(finite, xp.abs(line), 0.0)) * factor
-    filled = xp.sum(xp.where(line != 0, 1.0, 0.0))
-    return _row(largest, (size - filled) / size, xp.sum(xp.where(finite, 0.0, 1.0)), xp=xp)
+    filled = xp.sum(_single(line != 0, xp))
+    return _row(largest, (size - filled) / size, xp.sum(_single(xp.logical_not(finite), xp)), xp=xp)
 
 
 def output_statistics(output: Tensor, layer: Any, xp: Any = ops) -> Tensor:

@@ -133,12 +133,17 @@ class Tap(ABC):
         return self.multiply(grad, scale_of(*norms))
 
     @abstractmethod
-    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Copies of weights that stay as they are while the next step changes these."""
+    def copies(self, values: Sequence[Tensor]) -> Any:
+        """What `changes` needs of the weights before a step changes them."""
 
     @abstractmethod
-    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-        """L2 norms of weights and of their changes, shape (2, n), left on the device."""
+    def changes(self, before: Any, after: Sequence[Tensor]) -> Tensor:
+        """L2 norms of weights and of their changes, shape (2, n), left on the device.
+
+        Args:
+            before: From `copies`.
+            after: The weights now, in the same order.
+        """
 
     def sizes(self) -> list[int]:
         """Number of elements of each column's variable."""
@@ -173,7 +178,11 @@ class Tap(ABC):
             finite = keras.ops.isfinite(keras.ops.sum(norms))
             extras["skip"] = keras.ops.where(finite, 0.0, float(SKIP_REASONS.index("grad_scaler")))
         skip = verdict.skip if verdict is not None and self.rule.acts else None
-        return row(norms, gradients, extras, width=self.width), verdict, skip
+        return self.row(norms, gradients, extras), verdict, skip
+
+    def row(self, norms: Tensor, gradients: Gradients, extras: dict[str, Tensor | float]) -> Tensor:
+        """See `keras_rule.row`."""
+        return row(norms, gradients, extras, width=self.width)
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradwatch.backends.keras_rule import base_of, edited, gather, is_loss_scaled
-from gradwatch.backends.keras_samples import Sampler
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, base_of, edited, gather, is_loss_scaled
+from gradwatch.backends.keras_samples import EXTREMES, Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows
 from gradwatch.backends.torch_norms import CpuNorms, values
+from gradwatch.backends.torch_statistics import CpuExtremes, Updates, device_extremes
 from gradwatch.faults import Faults
-from gradwatch.records import Floats
+from gradwatch.records import NOT_MEASURED, Floats
 
 Tensor = Any
 
@@ -34,6 +35,9 @@ class TorchTap(Tap):
         self._pending: list[Tensor] = []
         self._state: dict[int, list[Tensor]] = {}
         self._plans: dict[Any, CpuNorms] = {}
+        self._extreme_plans: dict[Any, CpuExtremes] = {}
+        #: Weights, and what measures their updates.
+        self._updates: dict[tuple[int, ...], tuple[list[Tensor], Updates]] = {}
         self._loss: Tensor | None = None
         # A tensor, not a number: a compiled step would be compiled again for each value of a number.
         self._factor = torch.ones((), dtype=torch.float32)
@@ -69,7 +73,7 @@ class TorchTap(Tap):
             return torch.zeros(0)
         if grads[0].device.type != "cpu":
             return torch.stack(torch._foreach_norm([values(grad) for grad in grads], 2, dtype=torch.float32))
-        key = tuple((grad.shape, grad.dtype) for grad in grads)
+        key = _kinds(grads)
         if key not in self._plans:
             self._plans[key] = CpuNorms(grads)
         return torch.from_numpy(self._plans[key](grads))
@@ -80,13 +84,39 @@ class TorchTap(Tap):
     def limit(self, grad: Tensor, limit: Tensor) -> Tensor:
         return torch.clamp(grad, -limit, limit)
 
-    def copies(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [value.detach().clone() for value in values]
+    def row(self, norms: Tensor, gradients: Gradients, extras: dict[str, Tensor | float]) -> Tensor:
+        if norms.device.type != "cpu":
+            return super().row(norms, gradients, extras)
+        line = np.full(self.width + len(EXTRAS), NOT_MEASURED, np.float32)
+        line[gradients.columns] = norms.numpy()
+        line[self.width :] = [float(extras.get(name, NOT_MEASURED)) for name in EXTRAS]
+        return torch.from_numpy(line)
 
-    @torch.no_grad()
-    def changes(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-        now = [value.detach() for value in after]
-        return torch.stack([self.norms(now), self.norms(torch._foreach_sub(now, list(before)))])
+    def _extremes(self, gradients: Gradients) -> Tensor:
+        tensors, columns = gradients.tensors, gradients.columns
+        home = tensors[0].device if tensors else torch.device("cpu")
+        found = torch.full((self.width, len(EXTREMES)), NOT_MEASURED, device=home)
+        if tensors and home.type == "cpu":
+            key = _kinds(tensors)
+            plan = self._extreme_plans.get(key) or self._extreme_plans.setdefault(key, CpuExtremes(tensors))
+            found[columns] = torch.from_numpy(plan(tensors).T)
+        elif tensors:
+            found[columns] = device_extremes(tensors, home).T
+        found[:, 0] *= gradients.factor
+        return found.view(-1)
+
+    def copies(self, values: Sequence[Tensor]) -> Any:
+        key = tuple(map(id, values))
+        if key not in self._updates:
+            self._updates[key] = list(values), Updates(range(len(values)), [value.detach() for value in values])
+        return self._updates[key][1].start(0)
+
+    def changes(self, before: Any, after: Sequence[Tensor]) -> Tensor:
+        places, norms = before()
+        norms = torch.as_tensor(norms)
+        found = torch.full((2, len(after)), NOT_MEASURED, device=norms.device)
+        found[:, places] = norms
+        return found
 
     def _replacements(self, number: int, optimizer: Any) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
         yield from super()._replacements(number, optimizer)
@@ -133,7 +163,8 @@ class TorchTap(Tap):
         if self.sampler is not None:
             outputs, self.sampler.outputs = self.sampler.outputs, {}
             if self._sampling:
-                self._sample = self.sampler.measure(gradients, gradients.tensors, self.sizes(), outputs)
+                extremes = self._extremes(gradients)
+                self._sample = self.sampler.measure(gradients, (), self.sizes(), outputs, extremes=extremes)
         loss, self._loss = self._loss, None
         state = self._state.get(number)
         if state is None:
@@ -165,6 +196,10 @@ class TorchTap(Tap):
             accumulator.value.zero_()
         if is_skipped:
             base._iterations.assign_sub(base.gradient_accumulation_steps - 1)
+
+
+def _kinds(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    return tuple((tensor.shape, tensor.dtype) for tensor in tensors)
 
 
 def _value(variable: Any) -> Tensor:

@@ -98,7 +98,7 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Count epochs and batches."""
         if self._session is not None:
-            self._session.epoch, self._session.batch = epoch, 0
+            self._session.epoch_began(epoch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Take validation metrics."""

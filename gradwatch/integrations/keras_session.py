@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ import numpy as np
 from gradwatch.actions.policy import Policy
 from gradwatch.backends.keras_actions import KerasActions
 from gradwatch.backends.keras_rule import base_of
+from gradwatch.backends.keras_samples import parts
 from gradwatch.errors import ModelError, StopTraining
 from gradwatch.integrations.keras_instrument import Instrument
 from gradwatch.integrations.keras_watcher import Call, KerasWatcher, Statistics
@@ -48,6 +50,7 @@ class Session:
         self.epoch, self.batch, self.calls = 0, 0, 0
         self._before_sample: Any = None
         self._sampled = False
+        self._trained: Trained | None = None
         self._history, self._read_at = getattr(model, "history", None), 0.0
         self._call: Call | None = None
         _refuse(model)
@@ -134,23 +137,20 @@ class Session:
         micro = self.watcher.micro_steps
         return self.calls % (self.settings.stats_every * micro) == micro - 1
 
-    def _trained(self, state: Any) -> tuple[list[Any], list[Any]]:
-        """The variables in training and their values."""
-        variables = self.model.trainable_variables
-        return variables, [v.value for v in variables] if state is None else list(state[0])
-
     def _copies(self, state: Any) -> Any:
-        return self.instrument.tap.copies(self._trained(state)[1])
+        """Variables in training, their places, and what they hold before the step."""
+        self._trained = self._trained or Trained(self.model)
+        variables, places = self._trained.next_part()
+        return variables, places, self.instrument.tap.copies(_values(variables, places, state))
 
-    def _changes(self, before: Any, state: Any) -> Statistics:
+    def _changes(self, copies: Any, state: Any) -> Statistics:
         """Norms of weights, and of their changes over these."""
-        tap, (variables, now) = self.instrument.tap, self._trained(state)
-        found = tap.changes(before, now)
+        tap, (variables, places, before) = self.instrument.tap, copies
+        found = tap.changes(before, _values(variables, places, state))
 
         def read() -> dict[str, Floats]:
             norms, values = np.full((2, tap.width), NOT_MEASURED, np.float32), np.asarray(found)
-            for place, variable in enumerate(variables):
-                norms[:, tap.column_of(variable)] = values[:, place]
+            norms[:, [tap.column_of(variable) for variable in variables]] = values
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.where(norms[0] > 0, norms[1] / norms[0], np.float32(NOT_MEASURED))
             return {"weight_norm": norms[0], "update_ratio": ratio}
@@ -201,6 +201,12 @@ class Session:
         self.calls += 1
         self.batch += 1 if self._is_jax else getattr(self.model, "steps_per_execution", 1)
 
+    def epoch_began(self, epoch: int) -> None:
+        """Count epochs and batches."""
+        self.epoch, self.batch = epoch, 0
+        # Looked up once: Keras collects them from all layers, which takes a millisecond for a hundred of these.
+        self._trained = Trained(self.model) if self.model.built else None
+
     def epoch_ended(self, logs: dict[str, Any]) -> None:
         """Everything the epoch did is taken; validation metrics go to its last step."""
         if self.watcher is not None:
@@ -224,6 +230,30 @@ class Session:
         if self.actions is not None:
             self.actions.close()
         return state
+
+
+class Trained:
+    """The variables of a model that are in training, in parts; each sample takes the next part.
+
+    Args:
+        model: The model, as it is trained now.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._variables = model.trainable_variables
+        self._parts = parts([math.prod(variable.shape) for variable in self._variables])
+        self._turn = 0
+
+    def next_part(self) -> tuple[list[Any], list[int]]:
+        """Variables, and their places among all."""
+        places = self._parts[self._turn % len(self._parts)]
+        self._turn += 1
+        return [self._variables[place] for place in places], places
+
+
+def _values(variables: Sequence[Any], places: Sequence[int], state: Any) -> list[Any]:
+    """What the variables hold; on JAX inside `fit` in the state of the training."""
+    return [v.value for v in variables] if state is None else [state[0][place] for place in places]
 
 
 def _nothing() -> dict[str, Floats]:
