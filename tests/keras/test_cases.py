@@ -238,18 +238,19 @@ def test_clipping_and_the_rate_under_loss_scaling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(tmp_path: Path, policy: str) -> None:
     x, y = data(12)
+    # As the reference is run: a compiler that fuses layers rounds to bfloat16 at other places.
+    how = {"jit_compile": BACKEND == "jax", "run_eagerly": BACKEND == "tensorflow" and policy == "mixed_bfloat16"}
 
     def mixed() -> keras.Model:
         keras.config.set_dtype_policy(policy)
         try:
-            return dense(optimizer=SGD(0.05), auto_scale_loss=True)
+            return dense(optimizer=SGD(0.05), auto_scale_loss=True, **how)
         finally:
             keras.config.set_dtype_policy("float32")
 
     watched = fit(mixed(), x, y, GradWatch(run_dir=tmp_path / "run"), epochs=1)
     assert difference(fit(mixed(), x, y, epochs=1), watched) == 0.0
-    # The reference differentiates in half precision without the loss scale: it is the less exact of the two.
-    assert relative_error(recorded(tmp_path / "run"), reference(mixed(), batches(x, y))) < 2e-2
+    assert relative_error(recorded(tmp_path / "run"), reference(mixed(), batches(x, y))) < EXACT
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")

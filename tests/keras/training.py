@@ -43,40 +43,45 @@ def batches(x: Any, y: Any, size: int = 4, *, epochs: int = 1) -> Iterator[Batch
 
 
 def gradients(model: keras.Model, x: Any, y: Any) -> list[np.ndarray | None]:
-    """The gradient of the model's loss, one array per trainable variable; None for none."""
-    grads = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}[BACKEND](model, x, y)
-    return [None if grad is None else np.asarray(grad, np.float64) for grad in grads]
+    """The gradient of the model's loss, one array per trainable variable; None for none.
+
+    A dynamic loss scale is applied as in the training, which matters in half precision, and taken out again.
+    """
+    held = getattr(getattr(model, "optimizer", None), "dynamic_scale", 1.0)
+    scale = np.float32(keras.ops.convert_to_numpy(held))
+    grads = {"tensorflow": _tensorflow, "torch": _torch, "jax": _jax}[BACKEND](model, x, y, scale)
+    return [None if grad is None else np.asarray(grad, np.float64) / scale for grad in grads]
 
 
-def _tensorflow(model: keras.Model, x: Any, y: Any) -> list[Any]:
+def _tensorflow(model: keras.Model, x: Any, y: Any, scale: np.float32) -> list[Any]:
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
-        loss = model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+        loss = scale * model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
     grads = tape.gradient(loss, [variable.value for variable in model.trainable_variables])
     return [None if grad is None else tf.convert_to_tensor(grad).numpy() for grad in grads]
 
 
-def _torch(model: keras.Model, x: Any, y: Any) -> list[Any]:
+def _torch(model: keras.Model, x: Any, y: Any, scale: np.float32) -> list[Any]:
     model.zero_grad()
     loss = model.compute_loss(x=x, y=keras.ops.convert_to_tensor(y), y_pred=model(x, training=True))
-    loss.backward()
+    (loss * float(scale)).backward()
     grads = [variable.value.grad for variable in model.trainable_variables]
     return [None if grad is None else grad.detach().float().numpy().copy() for grad in grads]
 
 
-def _jax(model: keras.Model, x: Any, y: Any) -> list[Any]:
+def _jax(model: keras.Model, x: Any, y: Any, scale: np.float32) -> list[Any]:
     import jax
 
-    def loss(trained: list[Any], others: list[Any], x: Any, y: Any) -> Any:
+    def loss(trained: list[Any], others: list[Any], x: Any, y: Any, scale: Any) -> Any:
         held = zip([*model.trainable_variables, *model.non_trainable_variables], [*trained, *others], strict=True)
         with keras.StatelessScope(state_mapping=list(held)):
-            return model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
+            return scale * model.compute_loss(x=x, y=y, y_pred=model(x, training=True))
 
     if model not in _compiled_gradients:
         _compiled_gradients[model] = jax.jit(jax.grad(loss))
     values = [[v.value for v in group] for group in (model.trainable_variables, model.non_trainable_variables)]
-    grads: list[Any] = _compiled_gradients[model](*values, x, y)
+    grads: list[Any] = _compiled_gradients[model](*values, x, y, scale)
     return grads
 
 
