@@ -108,6 +108,24 @@ def test_the_factor_on_the_rate_is_half_the_rate(tmp_path: Path, rate: str) -> N
     assert watched.optimizer._get_current_learning_rate.__func__  # the method of the class again
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="the loss runs at every step there")
+def test_another_rate_compiles_nothing_anew(tmp_path: Path) -> None:
+    traces: dict[str, int] = {"plain": 0, "watched": 0}
+
+    def trained(name: str, *callbacks: Any) -> None:
+        def loss(y: Any, predicted: Any) -> Any:
+            traces[name] += 1
+            return keras.ops.mean(keras.ops.square(y - predicted))
+
+        fit(dense(loss=loss, jit_compile=True), *data(40), *callbacks, epochs=1)
+
+    actions = [gw.DecayLR(factor=0.5, on="exploding"), gw.Clip(max_norm=1.0)]
+    trained("plain")
+    trained("watched", GradWatch(run_dir=tmp_path / "run", actions=actions, detectors=[found_at(3)]))
+    assert metrics(tmp_path / "run")["lr_factor"].iloc[-1] == 0.5
+    assert traces["watched"] == traces["plain"]
+
+
 def test_stop_ends_the_fit(tmp_path: Path) -> None:
     x, y = data(40)
     callback = GradWatch(run_dir=tmp_path / "run", actions=[gw.Stop(on="exploding")], detectors=[found_at(3)])

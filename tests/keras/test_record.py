@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+from gradwatch.backends.keras_model import Columns
 from gradwatch.keras import GradWatch
 from gradwatch.reader import RunReader
 from tests.keras.training import (
@@ -94,6 +95,16 @@ def test_the_record_names_the_backend(tmp_path: Path) -> None:
     info = RunReader(tmp_path / "run").info
     assert (info.framework, info.config["backend"], info.status) == ("keras", BACKEND, "finished")
     assert {"keras", BACKEND} <= set(info.versions)
+
+
+def test_layers_stand_as_in_the_graph_with_the_activation_that_follows() -> None:
+    layers = keras.layers
+    last, first, inputs = layers.Dense(2, name="last"), layers.Dense(4, name="first"), keras.Input((6,))
+    hidden = layers.Activation("relu")(layers.BatchNormalization(name="norm")(first(inputs)))
+    parameters = Columns(keras.Model(inputs, last(layers.Dropout(0.5)(hidden)))).parameters
+    assert {p.layer: (p.depth, p.activation) for p in parameters} == {
+        "first": (0, "ReLU"), "norm": (1, "ReLU"), "last": (2, ""),
+    }  # fmt: skip
 
 
 def test_weights_and_their_updates_are_sampled(tmp_path: Path) -> None:
