@@ -172,12 +172,13 @@ def gather(
         value_of: Reads an optimizer variable inside the step.
     """
     base = base_of(optimizer)
-    places = [
-        place
+    measured = [
+        (place, column, grad)
         for place, (grad, variable) in enumerate(zip(grads, variables, strict=True))
-        if grad is not None and column_of(variable) is not None and not overwritten(variable)
+        if grad is not None and (column := column_of(variable)) is not None and not overwritten(variable)
     ]
-    found = Gradients(places, [_known(column_of(variables[p])) for p in places], [grads[p] for p in places])
+    places = [place for place, _, _ in measured]
+    found = Gradients(places, [column for _, column, _ in measured], [grad for _, _, grad in measured])
     if is_loss_scaled(optimizer):
         found.scale = value_of(optimizer.dynamic_scale)
     elif base.loss_scale_factor is not None:
@@ -192,11 +193,6 @@ def gather(
     elif found.scale is not None:
         found.factor = 1.0 / found.scale
     return found
-
-
-def _known(column: int | None) -> int:
-    assert column is not None
-    return column
 
 
 def overwritten(variable: Any) -> bool:

@@ -162,7 +162,9 @@ class Tap(ABC):
         self, number: int, optimizer: Any, gradients: Gradients, *, state: Sequence[Tensor], lr: Tensor, loss: Tensor
     ) -> tuple[Tensor, Verdict | None, Tensor | None]:
         """The row of this call, what the actions want of it, and whether to skip."""
-        norms = self.norms(gradients.tensors) * keras.ops.cast(gradients.factor, "float32")
+        norms = self.norms(gradients.tensors)
+        if not (isinstance(gradients.factor, float) and gradients.factor == 1.0):
+            norms = norms * keras.ops.cast(gradients.factor, "float32")
         verdict, scaled = None, is_loss_scaled(optimizer)
         extras: dict[str, Any] = {"optimizer": float(number), "lr": lr, "coefficient": 1.0, "skip": 0.0}
         extras["is_update"] = 1.0 if gradients.is_update is None else gradients.is_update
