@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.backends.shares import Union
-from gradwatch.backends.torch_device import host_or_copy
+from gradwatch.backends.torch_device import host_or_copy, on_host
 from gradwatch.backends.torch_exchange import Exchange
 from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_partial import Sums, is_copy, may_be_partial, term
@@ -81,7 +81,8 @@ class Total:
         scale = host_or_copy(getattr(step.optimizer, "grad_scale", None))
         whole = self._add_up(layout, own, scale)
         for column, place in layout.mine.items():
-            self._sums.know(place, whole[column] * scale / reading.coefficient)
+            norm = whole[column] * scale / reading.coefficient
+            self._sums.know(place, float(norm) if on_host(norm) else norm)
         return whole.numpy() if isinstance(reading.now, np.ndarray) else whole
 
     def part(self, held: Held, values: Any) -> Any:
