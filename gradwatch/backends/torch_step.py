@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.backends.torch_sharding import local
+from gradwatch.backends.torch_sharding import is_partial, local
 
 
 @torch.no_grad()
@@ -67,7 +67,13 @@ def _multiply_each(grads: list[Tensor], factors: list[Any]) -> None:
 
 @torch.no_grad()
 def clip_values(parameters: Sequence[nn.Parameter], limit: Any) -> None:
-    """Limit each element of the gradients to [-limit, limit], in place."""
+    """Limit each element of the gradients to [-limit, limit], in place.
+
+    Raises:
+        NotImplementedError: A gradient is a sum over ranks, of which this rank has a term.
+    """
+    if any(is_partial(parameter.grad) for parameter in parameters):
+        raise NotImplementedError("a gradient that is a sum over ranks (Partial) cannot be clipped by value")
     for parameter in parameters:
         grad = parameter.grad
         if grad is None:

@@ -79,11 +79,11 @@ class InStep:
             return verdict.coefficient
         loss_scale = host_or_copy(getattr(step.optimizer, "grad_scale", None))
         clip_values(held.parameters, verdict.clip_value * loss_scale)
-        return self._left(held, reading.now if total is None else total, loss_scale)
+        return self._left(step, reading.now if total is None else total, loss_scale)
 
-    def _left(self, held: Held, before: Any, loss_scale: Any) -> Any:
+    def _left(self, step: Step, before: Any, loss_scale: Any) -> Any:
         """The factor on the global norm that clipping by value amounts to, which no norm foretells: measured again."""
-        norms = held.part(self._gradients.measure(held).norms)
+        norms = step.held.part(self._gradients.measure(step.held).norms)
         norms = norms / beside(loss_scale, norms)
-        whole = self.total(held, norms)
+        whole = self.total(step, Reading(norms, norms))
         return ratio(norms if whole is None else whole, before)

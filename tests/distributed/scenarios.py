@@ -179,6 +179,7 @@ ACTIONS: dict[str, Any] = {
     "": [],
     "Clip": [gw.Clip(max_norm=0.05)],
     "Clip per layer": [gw.Clip(per_layer=0.03)],
+    "Clip by value": [gw.Clip(value=0.01)],
     "SkipStep": [gw.SkipStep()],
     "SkipStep and Clip": [gw.SkipStep(), gw.Clip(max_norm=0.05)],
     "ZClip": [gw.ZClip()],
@@ -356,14 +357,14 @@ def only_rank_0(run_dir: str) -> Any:
     model, optimizer = build("fsdp2")
     rank, watcher = distributed.get_rank(), contextlib.nullcontext(None)
     if rank == 0:
-        watcher = gw.watch(model, optimizer, run_dir=run_dir, rank_timeout=2.0, flush_every=5)  # type: ignore[assignment]
+        watcher = gw.watch(model, optimizer, run_dir=run_dir, rank_timeout=1.0, flush_every=5)  # type: ignore[assignment]
     with watcher:
         for step in range(12):
             optimizer.zero_grad()
             backward("fsdp2", model, step)
             optimizer.step()
         if rank == 0:
-            time.sleep(2.5)
+            time.sleep(1.5)
     distributed.barrier()
     return record_of(run_dir) if rank == 0 else None
 
