@@ -13,7 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 from keras.src.backend.common.stateless_scope import in_stateless_scope  # without a public name
 
-from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, edited, gather
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, gather
 from gradwatch.backends.keras_samples import Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows, replaced
 from gradwatch.faults import Faults
@@ -282,7 +282,8 @@ class JaxTap(Tap):
             rate = self.learning_rate(optimizer)
             lr = rate if isinstance(rate, float) else jnp.asarray(rate.value if hasattr(rate, "value") else rate)
         state = self._traced_state.get(number, [])
-        current, verdict, skip = self.measure(number, optimizer, gradients, state=state, lr=lr, loss=None)
+        given: dict[str, Any] = {"grads": grads, "weights": weights, "state": state, "lr": lr, "loss": None}
+        current, verdict, skip = self.measure(number, optimizer, gradients, **given)
         self._rows.append(current)
         self._gradients = gradients
         if verdict is None:
@@ -290,8 +291,7 @@ class JaxTap(Tap):
         self._traced_state[number] = verdict.state
         if not self.rule.acts:
             return grads, None, held, held
-        new = edited(grads, gradients, verdict, weights=weights, hands=self)
-        return new, skip, *self._emptied(optimizer, held, gradients, verdict)
+        return verdict.edited, skip, *self._emptied(optimizer, held, gradients, verdict)
 
     @staticmethod
     def _emptied(optimizer: Any, held: Sequence[Tensor], gradients: Gradients, verdict: Verdict) -> tuple[Any, Any]:

@@ -59,6 +59,7 @@ class Verdict:
         coefficient: Factor on the global norm.
         state: What the actions remember.
         by_unit: Actions that scale gradients unit by unit.
+        edited: The gradients to hand to the optimizer, where actions may change them.
     """
 
     scale: Tensor | None
@@ -68,6 +69,7 @@ class Verdict:
     coefficient: Tensor
     state: list[Tensor]
     by_unit: list[InStepAction]
+    edited: list[Tensor | None] = field(default_factory=list)
 
 
 class Rule:

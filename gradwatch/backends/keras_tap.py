@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from gradwatch.backends.keras_model import Columns
-from gradwatch.backends.keras_rule import EXTRAS, Gradients, Rule, Verdict, base_of, is_loss_scaled, row
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, Rule, Verdict, base_of, edited, is_loss_scaled, row
 from gradwatch.backends.keras_samples import Sampler
 from gradwatch.faults import Faults
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, Floats
@@ -159,7 +159,16 @@ class Tap(ABC):
         return rate if isinstance(rate, keras.Variable) else NOT_MEASURED
 
     def measure(
-        self, number: int, optimizer: Any, gradients: Gradients, *, state: Sequence[Tensor], lr: Tensor, loss: Tensor
+        self,
+        number: int,
+        optimizer: Any,
+        gradients: Gradients,
+        *,
+        grads: Sequence[Tensor | None],
+        weights: Sequence[Tensor],
+        state: Sequence[Tensor],
+        lr: Tensor,
+        loss: Tensor,
     ) -> tuple[Tensor, Verdict | None, Tensor | None]:
         """The row of this call, what the actions want of it, and whether to skip."""
         norms = self.norms(gradients.tensors)
@@ -175,12 +184,28 @@ class Tap(ABC):
             present = keras.ops.where(norms == NOT_MEASURED, 0.0, norms)
             verdict = self.rule(present, state, gradients=gradients, is_scaled=scaled)
             extras["skip"] = verdict.reason
-            extras["coefficient"] = verdict.coefficient if self.rule.acts else 1.0
+            if self.rule.acts:
+                verdict.edited = edited(grads, gradients, verdict, weights=weights, hands=self)
+                is_foretold = verdict.limit is None and not verdict.by_unit
+                extras["coefficient"] = verdict.coefficient if is_foretold else self._amount(norms, gradients, verdict)
         elif scaled:
             finite = keras.ops.isfinite(keras.ops.sum(norms))
             extras["skip"] = keras.ops.where(finite, 0.0, float(SKIP_REASONS.index("grad_scaler")))
         skip = verdict.skip if verdict is not None and self.rule.acts else None
         return self.row(norms, gradients, extras), verdict, skip
+
+    def _amount(self, norms: Tensor, gradients: Gradients, verdict: Verdict) -> Tensor:
+        """The factor on the global norm that clipping elements or units amounts to."""
+        used = self.norms([verdict.edited[place] for place in gradients.places])
+        factor: Any = gradients.factor
+        if gradients.is_update is not None and gradients.scale is not None:
+            factor = factor / gradients.scale  # the whole is handed over with the scale on it
+        squares = [keras.ops.sum(each * each) for each in (used * keras.ops.cast(factor, "float32"), norms)]
+        ratio = keras.ops.sqrt(squares[0] / squares[1])
+        is_clipped = keras.ops.isfinite(ratio)
+        if verdict.skip is not None:
+            is_clipped = keras.ops.logical_and(is_clipped, keras.ops.logical_not(verdict.skip))
+        return keras.ops.where(is_clipped, ratio, 1.0)
 
     def row(self, norms: Tensor, gradients: Gradients, extras: dict[str, Tensor | float]) -> Tensor:
         """See `keras_rule.row`."""

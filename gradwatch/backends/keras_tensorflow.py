@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from gradwatch.backends.keras_model import Columns
-from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, edited, gather, is_loss_scaled
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, Verdict, base_of, gather, is_loss_scaled
 from gradwatch.backends.keras_samples import Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows
 from gradwatch.faults import Faults
@@ -227,8 +227,9 @@ class TensorFlowTap(Tap):
         assert self.columns is not None
         gradients = gather(optimizer, grads, variables, self.columns.of, value_of=tf.convert_to_tensor)
         state = self._state.get(number, [])
-        known, lr = [variable.read_value() for variable in state], self._rate(optimizer)
-        current, verdict, skip = self.measure(number, optimizer, gradients, state=known, lr=lr, loss=loss)
+        given: dict[str, Any] = {"grads": grads, "weights": variables, "lr": self._rate(optimizer), "loss": loss}
+        given["state"] = [variable.read_value() for variable in state]
+        current, verdict, skip = self.measure(number, optimizer, gradients, **given)
         self._push(current)
         self.faults.call("keras sample", self._sample_if_wanted, gradients, default=None)
         if verdict is None:
@@ -237,8 +238,7 @@ class TensorFlowTap(Tap):
             variable.assign(value)
         if not self.rule.acts:
             return grads, None, None
-        new = edited(grads, gradients, verdict, weights=variables, hands=self)
-        return new, skip, self._emptier(optimizer, gradients, verdict)
+        return verdict.edited, skip, self._emptier(optimizer, gradients, verdict)
 
     def _sample_if_wanted(self, gradients: Gradients) -> None:
         if self.sampler is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradwatch.backends.keras_rule import EXTRAS, Gradients, base_of, edited, gather, is_loss_scaled
+from gradwatch.backends.keras_rule import EXTRAS, Gradients, base_of, gather, is_loss_scaled
 from gradwatch.backends.keras_samples import EXTREMES, Sampler
 from gradwatch.backends.keras_tap import Tap, no_rows
 from gradwatch.backends.torch_norms import CpuNorms, values
@@ -170,8 +170,9 @@ class TorchTap(Tap):
         if state is None:
             device = gradients.tensors[0].device if gradients.tensors else None
             state = [torch.from_numpy(np.array(value)).to(device) for value in self.rule.initial_state()]
-        lr = _value(self.learning_rate(optimizer))
-        current, verdict, skip = self.measure(number, optimizer, gradients, state=state, lr=lr, loss=loss)
+        given: dict[str, Any] = {"grads": grads, "weights": [_value(v) for v in variables] if self.rule.acts else ()}
+        given |= {"state": state, "lr": _value(self.learning_rate(optimizer)), "loss": loss}
+        current, verdict, skip = self.measure(number, optimizer, gradients, **given)
         self._pending.append(current)
         if verdict is None:
             return grads, False
@@ -179,11 +180,7 @@ class TorchTap(Tap):
         if not self.rule.acts:
             return grads, False
         is_skipped = skip is not None and bool(skip)
-        new = (
-            grads
-            if is_skipped
-            else edited(grads, gradients, verdict, weights=[_value(v) for v in variables], hands=self)
-        )
+        new = grads if is_skipped else verdict.edited
         if gradients.is_update is not None and bool(gradients.is_update):
             self._empty(optimizer, gradients.accumulators, is_skipped=is_skipped)
         return new, is_skipped

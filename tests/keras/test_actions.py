@@ -23,6 +23,7 @@ from tests.keras.training import (
     difference,
     fit,
     found_at,
+    gradients,
     metrics,
     recorded,
     reference,
@@ -37,6 +38,17 @@ CLIPS: dict[str, tuple[Callable[[], Any], dict[str, float]]] = {
 }
 
 
+def _clipped_norm(grads: list[Any], form: str) -> float:
+    whole = np.sqrt(sum(np.sum(grad**2) for grad in grads))
+    clip: Callable[[Any], Any] = {
+        "": lambda grad: grad,
+        "max_norm": lambda grad: grad * min(1.0, 0.5 / whole),
+        "per_layer": lambda grad: grad * min(1.0, 0.3 / np.linalg.norm(grad)),
+        "value": lambda grad: np.clip(grad, -0.05, 0.05),
+    }[form]
+    return float(np.sqrt(sum(np.sum(clip(grad) ** 2) for grad in grads)))
+
+
 @pytest.mark.parametrize("form", CLIPS)
 def test_clip_gives_the_weights_of_the_optimizers_own(tmp_path: Path, form: str) -> None:
     x, y = data()
@@ -44,6 +56,9 @@ def test_clip_gives_the_weights_of_the_optimizers_own(tmp_path: Path, form: str)
     watched = fit(dense(optimizer=SGD(0.05, momentum=0.9)), x, y, GradWatch(run_dir=tmp_path / "run", actions=[clip()]))
     plain = fit(dense(optimizer=SGD(0.05, momentum=0.9, **own)), x, y)
     assert difference(plain, watched) < EXACT
+    coefficients = metrics(tmp_path / "run")["clip_coefficient"].to_numpy()
+    first = gradients(dense(), x[:4], y[:4])
+    assert coefficients[0] == pytest.approx(_clipped_norm(first, form) / _clipped_norm(first, ""), rel=1e-5)
     expected = reference(dense(optimizer=SGD(0.05, momentum=0.9, **own)), batches(x, y, epochs=2))
     assert relative_error(recorded(tmp_path / "run"), expected) < 1e-5  # of weights that differ by EXACT
 
