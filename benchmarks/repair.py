@@ -9,8 +9,8 @@ the fault by the case's own criterion: finite, no blow-up against the first loss
 below 0.9 times the first loss; or, where the study tells the loss after its own repair, finite and at most that / 0.95
 (one study's targets are random numbers, which nothing predicts better than a constant does). Steps that were skipped
 are no part of the training, if they are at most a tenth of that quarter. `heal` forks the training instead: it may take
-half as many steps for the search, and goes on from the best. A healthy run is harmed when its final loss is more than
-5 % worse than without gradwatch.
+half as many steps for the search, and goes on from the best under `repair`. A healthy run is harmed when its final loss
+is more than 5 % worse than without gradwatch.
 """
 
 from __future__ import annotations
@@ -103,7 +103,10 @@ def healed(case: Case, seed: int) -> Run:
     steps = case.build(seed).steps
     found = gw.heal(lambda: case.build(seed), budget_steps=max(steps // 2, LEAST_SEARCH), progress=False)
     best = found.best
-    best.run(max(0, steps - best.steps))
+    try:
+        best.run(max(0, steps - best.steps), preset="repair")
+    except gw.StopTraining as reason:
+        run.stopped = str(reason)
     losses = np.array(best.losses)
     run.seconds, run.steps = time.process_time() - started, found.steps
     run.actions = [(0, best.candidate.name, "", "")]

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradwatch.errors import ConfigurationError, GradwatchError
+from gradwatch.actions.presets import PRESETS
+from gradwatch.errors import ConfigurationError, GradwatchError, UnknownNameError
 from gradwatch.records import SEVERITIES, Finding
 from gradwatch.remedies import initialize, insert_norm, mend_output, replace_activation
 from gradwatch.remedies.initialization import fill
@@ -124,14 +125,27 @@ class Fork:
         """2 with a critical finding open, 1 with a warning, 0 without."""
         return max((SEVERITIES.index(finding.severity) for finding in self.findings if finding.is_open), default=0)
 
-    def run(self, steps: int) -> None:
-        """Take further steps, protected and at the candidate's learning rate."""
+    def run(self, steps: int, *, preset: str = "protect") -> None:
+        """Take further steps at the candidate's learning rate.
+
+        Args:
+            steps: How many.
+            preset: The actions meanwhile: `protect`, or for a long way alone `repair` or `rebuild`.
+
+        Raises:
+            UnknownNameError: No such preset.
+            StopTraining: The preset gave up.
+        """
+        if preset not in PRESETS:
+            raise UnknownNameError.among("preset of actions", preset, PRESETS)
         training = self.training
         with self._own_random_numbers(), tempfile.TemporaryDirectory() as folder:
-            with watch(training.model, training.optimizer, run_dir=Path(folder) / "run", actions="protect") as watcher:
+            with watch(training.model, training.optimizer, run_dir=Path(folder) / "run", actions=preset) as watcher:
                 if self._state is not None:
                     watcher.load_state_dict(self._state)
-                watcher._policy.state.lr_factor = self.candidate.lr_factor  # noqa: SLF001 -- a factor from the start
+                else:
+                    state = watcher._policy.state  # noqa: SLF001 -- a factor from the start, which no way back undoes
+                    state.lr_factor, state.recovered = self.candidate.lr_factor, self.candidate.lr_factor < 1.0
                 for k in range(self.steps, self.steps + steps):
                     self.losses.append(float(training.step(k)))
                     watcher.log(loss=self.losses[-1])
@@ -216,7 +230,8 @@ def heal(
         progress: Show a progress bar.
 
     Returns:
-        All forks, ranked by loss and health of the gradients. `best.run(steps)` goes on where its fork ended.
+        All forks, ranked by loss and health of the gradients. `best.run(steps)` goes on where its fork ended;
+        a fork is short, so give a long way `preset="repair"`.
 
     Raises:
         ConfigurationError: The budget is smaller than the number of candidates.

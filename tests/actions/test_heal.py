@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradwatch.errors import ConfigurationError
+from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.heal import Candidate, Fork, Healing, _fields, heal
 
 
@@ -87,6 +87,20 @@ def test_what_detectors_know_goes_on_from_round_to_round() -> None:
 )
 def test_the_last_round_is_a_race_of_two_and_no_round_is_too_short(count: int, budget: int, fields: list[int]) -> None:
     assert _fields(count, budget) == fields
+
+
+def test_the_rate_of_the_best_stays_when_it_goes_on_under_repair() -> None:
+    training = DeepSigmoids()
+    training.model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+    training.optimizer = torch.optim.Adam(training.model.parameters(), lr=3e-3)
+    fork = Fork(Candidate("less", lr_factor=0.1), training)
+    fork.run(3)
+
+    fork.run(300, preset="repair")
+
+    assert fork._state["actions"]["run"]["lr_factor"] == 0.1
+    with pytest.raises(UnknownNameError, match="unknown preset of actions 'repare'; did you mean 'repair'"):
+        fork.run(1, preset="repare")
 
 
 def test_an_interrupted_search_ranks_what_there_is() -> None:
