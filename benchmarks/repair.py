@@ -245,12 +245,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in map(int, options.seeds.split(",")):
             if is_subject(case, seed, options.part):
                 runs += compared(case, seed, options.policies.split(","), options.part, console)
+                save(runs, options.part, options.out)
     console.print(table_of(runs, options.part))
     for line in summary(runs, options.part):
         console.print(line)
-    options.out.parent.mkdir(exist_ok=True)
-    saved = {**machine("torch"), "part": options.part, "runs": [asdict(run) for run in runs]}
-    options.out.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+
+
+def save(runs: Sequence[Run], part: str, path: Path) -> None:
+    """Write what there is, so that a long benchmark can be cut short."""
+    path.parent.mkdir(exist_ok=True)
+    saved = {**machine("torch"), "part": part, "runs": [asdict(run) for run in runs]}
+    path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
 def compared(case: Case, seed: int, policies: Sequence[str], part: str, console: Console) -> list[Run]:
