@@ -18,6 +18,9 @@ from gradwatch.detectors.signals import Signals
 from gradwatch.detectors.trend import LEAST_LAYERS, WINDOW
 from gradwatch.records import Finding, Severity
 
+#: Norms that were too low over depth have recovered when they are this many times above the threshold.
+RELIEF = 10.0
+
 
 @dataclass(kw_only=True, eq=False)
 class Vanishing(Rule):
@@ -28,12 +31,13 @@ class Vanishing(Rule):
     - *depth* (warning; critical when nothing was learnt after 50 steps): smoothed norms of layers are below `ratio`
       times the largest norm of the layers after them, in order of execution, for `patience` steps (3 when below
       `extreme`), and not recovering. AUTOTRAINER takes 1e-3 for the first layer over the last; healthy deep networks
-      pass through that in their first steps, none went below 1e-4.
+      pass through that in their first steps, none went below 1e-4. Once found it holds until all norms are
+      above ten times `ratio`, also while the loss falls: later layers learn without those before them.
     - *collapse* (warning): the global norm fell below `collapse` times its usual size while the loss has hardly fallen,
       or is stuck above half of where it began although it differs between batches.
     - *drift* (warning): as in `Exploding`, downwards.
 
-    A network that converges is not vanishing: once the loss has fallen by `learnt` of its first value, depth is no
+    A network that converges is not vanishing: once the loss has fallen by `learnt` of its first value, depth is no new
     sign, and a fall that all layers share is none ever. Frozen and unused layers have no gradient and are passed over;
     exact zeros belong to `Dead`. Scaling all gradients changes nothing.
 
@@ -66,6 +70,7 @@ class Vanishing(Rule):
     low_count = Kept(0)
     low_since = Kept(0)
     first_gap = Kept(0.0)
+    starved = Kept(False)
     down_count = Kept(0)
     drift = Part(Drift)
 
@@ -75,7 +80,9 @@ class Vanishing(Rule):
 
     def _depth(self, now: Signals) -> Sign | None:
         gap, worst = now.profile.gap, now.profile.deepest
-        if worst < -math.log(self.ratio) or now.course.fallen > self.learnt:
+        self.starved = self.starved and self.life.open
+        enough = self.ratio * RELIEF if self.starved else self.ratio
+        if worst < -math.log(enough) or (now.course.fallen > self.learnt and not self.starved):
             self.low_count = 0
             return None
         self.low_count += 1
@@ -90,6 +97,7 @@ class Vanishing(Rule):
             layers = gap > -math.log(self.ratio)
         stuck = extreme and now.index >= 50 and now.course.fallen < 0.02 and now.course.known
         severity: Severity = "critical" if stuck else "warning"
+        self.starved = True
         return Sign(
             severity=severity,
             badness=worst,
@@ -163,4 +171,6 @@ class Vanishing(Rule):
                 f"All gradients have fallen to {finding.value:.2g} of their usual norm {since} "
                 f"although the loss has hardly moved."
             )
-        return f"Gradients vanish{place} {since}: {finding.value:.2g} of the norm of the layers after it."
+        said = f"Gradients vanish{place} {since}: {finding.value:.2g} of the norm of the layers after it."
+        fallen = facts.get("loss_fallen") or 0.0
+        return f"{said} The loss has fallen by {fallen:.0%} all the same." if fallen > self.learnt else said

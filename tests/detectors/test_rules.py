@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -95,10 +96,31 @@ def test_deep_decay_over_depth_is_found_within_twenty_steps() -> None:
     assert finding.first_step == 0
 
 
-def test_decay_over_depth_is_no_alarm_once_the_network_learns() -> None:
+def test_decay_over_depth_is_no_alarm_in_a_network_that_learns_before_it_shows() -> None:
+    norms = streams.noisy(400, 12) * np.exp(-np.linspace(0, 1.2, 400)[:, None] * np.arange(12)[::-1])
+    assert "vanishing" not in streams.found(streams.batch(norms, loss=streams.falling(400)))
+
+
+def test_layers_that_stay_starved_while_the_loss_falls_stay_a_finding() -> None:
     norms = streams.noisy(400, 12) * np.exp(-1.2 * np.arange(12)[::-1])
     finding = streams.found(streams.batch(norms, loss=streams.falling(400)))["vanishing"][0]
-    assert finding.resolved_step is not None
+    assert (finding.severity, finding.resolved_step) == ("warning", None)
+    assert re.search(r"The loss has fallen by \d\d% all the same\.$", finding.message)
+
+
+def test_starved_layers_have_recovered_when_their_norms_have() -> None:
+    decay = np.where(np.arange(400) < 200, 1.2, 0.1)[:, None]
+    norms = streams.noisy(400, 12) * np.exp(-decay * np.arange(12)[::-1])
+    (finding,) = streams.found(streams.batch(norms, loss=streams.falling(400)))["vanishing"]
+    assert finding.first_step == 0
+    assert finding.resolved_step == pytest.approx(210, abs=10)
+
+
+def test_starved_layers_that_rise_just_above_the_threshold_have_not_recovered() -> None:
+    decay = np.where(np.arange(400) % 100 < 50, 1.2, 0.75)[:, None]  # 1.8e-6 and 2.6e-4 from end to end
+    norms = streams.noisy(400, 12) * np.exp(-decay * np.arange(12)[::-1])
+    (finding,) = streams.found(streams.batch(norms, loss=np.full(400, 0.69)))["vanishing"]
+    assert finding.resolved_step is None
 
 
 def test_a_converged_run_is_not_vanishing() -> None:
