@@ -2,7 +2,7 @@
 
 python -m benchmarks.record cost
 python -m benchmarks.record size --steps 1000000 --parameters 300
-python -m benchmarks.record soak --steps 200000
+python -m benchmarks.record soak --steps 200000 [--plain]
 """
 
 from __future__ import annotations
@@ -146,10 +146,15 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def soak(steps: int) -> dict[str, Any]:
+def soak(steps: int, *, is_watched: bool) -> dict[str, Any]:
     """A small real training with all on, warmed up until a few segments are sealed: slopes of memory, threads, handles.
 
     The first seals load code and fill the pools of the allocators once; what grows with the steps shows afterwards.
+    The points lie in memory of their own from the start, or they would be the growth that they measure.
+
+    Args:
+        steps: After those of the warm-up.
+        is_watched: Else the plain loop, for comparison.
     """
     import torch
 
@@ -159,17 +164,22 @@ def soak(steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    points: list[dict[str, float]] = []
     store.SEAL_ROWS, warm_up = max(100, steps // 20), steps // 2
+    names, every = ("step", *_memory()), steps // 200
+    points = np.full((len(names), (warm_up + steps - 1) // every + 1), -1.0)
     with tempfile.TemporaryDirectory() as folder:
-        watcher = gw.watch(
-            model,
-            optimizer,
-            run_dir=f"{folder}/run",
-            activations=True,
-            actions=[gw.Clip(max_norm=1.0), gw.SkipStep(), gw.DecayLR(factor=0.5, on="exploding")],
-            alerts=[gw.alerts.Log()],
-            sinks=[gw.sinks.TensorBoard(f"{folder}/tb")],
+        watcher = (
+            gw.watch(
+                model,
+                optimizer,
+                run_dir=f"{folder}/run",
+                activations=True,
+                actions=[gw.Clip(max_norm=1.0), gw.SkipStep(), gw.DecayLR(factor=0.5, on="exploding")],
+                alerts=[gw.alerts.Log()],
+                sinks=[gw.sinks.TensorBoard(f"{folder}/tb")],
+            )
+            if is_watched
+            else None
         )
         begin = time.perf_counter()
         for step in range(warm_up + steps):
@@ -178,12 +188,14 @@ def soak(steps: int) -> dict[str, Any]:
             loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
             loss.backward()
             optimizer.step()
-            watcher.log(loss=loss)
-            if step % (steps // 200) == 0:
-                points.append({"step": step, **_memory()})
+            if watcher:
+                watcher.log(loss=loss)
+            if step % every == 0:
+                points[:, step // every] = step, *_memory().values()
         seconds = time.perf_counter() - begin
-        watcher.close()
-    later = {name: np.array([p[name] for p in points if p["step"] >= warm_up]) for name in points[0]}
+        if watcher:
+            watcher.close()
+    later = dict(zip(names, points[:, points[0] >= warm_up], strict=True))
     thousands = later.pop("step") / 1000
     slopes = {name: round(float(np.polyfit(thousands, later[name], 1)[0]), 3) for name in later if name.endswith("kB")}
     return {
@@ -191,7 +203,7 @@ def soak(steps: int) -> dict[str, Any]:
         "steps of warm-up": warm_up,
         "seconds": round(seconds, 1),
         "kB per 1000 steps": slopes,
-        "resident MB, every twentieth": [round(p["resident kB"] / 1000, 2) for p in points[::20]],
+        "resident MB, every twentieth": [round(kb / 1000, 2) for kb in points[1, ::20]],
         "threads": sorted({int(n) for n in later["threads"]}),
         "handles": sorted({int(n) for n in later["handles"]}),
     }
@@ -228,14 +240,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--parameters", type=int)
     parser.add_argument("--step-ms", type=float, default=1.0)
+    parser.add_argument("--plain", action="store_true", help="soak the same loop without gradwatch")
     options = parser.parse_args()
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "cost": lambda: cost(options.steps or 20_000, options.parameters or 1000, options.step_ms),
         "size": lambda: size(options.steps or 1_000_000, options.parameters or 300),
-        "soak": lambda: soak(options.steps or 200_000),
+        "soak": lambda: soak(options.steps or 200_000, is_watched=not options.plain),
     }
     result = {**machine(), "command": " ".join(sys.argv[1:]), "load": os.getloadavg(), **work[options.what]()}
-    name = f"record-{options.what}" + (f"-{options.parameters}" if options.parameters else "")
+    name = f"record-{options.what}" + (f"-{options.parameters}" if options.parameters else "-plain" * options.plain)
     Path(f"benchmarks/results/{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
     return 0
