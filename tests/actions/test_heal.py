@@ -29,16 +29,20 @@ def healed() -> Healing:
     return heal(DeepSigmoids, budget_steps=600, progress=False)
 
 
-def test_the_best_remedy_learns_where_the_sick_run_does_not() -> None:
-    healing = healed()
+@pytest.fixture(scope="module")
+def healing() -> Healing:
+    """Only to look at."""
+    return healed()
 
+
+def test_the_best_remedy_learns_where_the_sick_run_does_not(healing: Healing) -> None:
     losses = {fork.candidate.name: fork.loss for fork in healing.forks}
     assert (healing.best.loss < 0.15, losses["none"] > 0.2) == (True, True)
     assert healing.steps <= 600
 
 
-def test_the_same_search_ends_the_same() -> None:
-    assert [fork.losses for fork in healed().forks] == [fork.losses for fork in healed().forks]
+def test_the_same_search_ends_the_same(healing: Healing) -> None:
+    assert [fork.losses for fork in healed().forks] == [fork.losses for fork in healing.forks]
 
 
 def test_a_fork_draws_what_it_would_draw_alone() -> None:
@@ -117,9 +121,7 @@ def test_an_interrupted_search_ranks_what_there_is() -> None:
     assert {fork.candidate.name for fork in healing.forks} == {"none", "less"}
 
 
-def test_a_remedy_that_does_not_apply_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    healing = healed()
-
+def test_a_remedy_that_does_not_apply_says_why(healing: Healing, capsys: pytest.CaptureFixture[str]) -> None:
     healing.show()
 
     assert next(f.failed for f in healing.forks if f.candidate.name == "output mended") == "nothing to change"
