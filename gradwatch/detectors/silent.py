@@ -65,10 +65,15 @@ class Dead(Rule):
             severity=severity, badness=math.log(longest), value=float(longest), threshold=float(self.patience),
             layers=layers, scores=self.count.astype(float), since=now.step - longest + 1,
             facts=lambda: {
+                "first_bad_layer": "" if everything else self._source(),
                 "all_layers": everything, "dead_layers": int(layers.sum()), "of_layers": len(layers),
                 "from_start": longest > now.index, "loss_fallen": now.course.fallen if now.course.known else None,
             },
         )  # fmt: skip
+
+    def _source(self) -> str:
+        """The last layer among those that have been at zero longest: what it does not pass on, those before it lack."""
+        return self.context.layers.names[int(np.flatnonzero(self.count == self.count.max())[-1])]
 
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""

@@ -13,6 +13,7 @@ from gradwatch.reporters.binning import Array, Band
 from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.figures.depth import chosen_bins, slope
 from gradwatch.reporters.figures.heatmap import colour_scale, spans
+from gradwatch.reporters.figures.timeline import LR_SPREAD
 from gradwatch.reporters.story import Chapter
 from gradwatch.reporters.summary import Summary
 
@@ -49,10 +50,7 @@ def page_data(summary: Summary, whole: Digest, closeup: Digest | None) -> dict[s
         "scale": [float(np.log10(limit)) for limit in (scale.vmin, scale.vmax) if limit],
         "whole": _view(whole),
         "closeup": _view(closeup) if closeup is not None and len(closeup) else None,
-        "panels": [
-            {"label": label, "series": series, "log": label != "lr" and _spread(whole, series[0][0])}
-            for label, series in _PANELS
-        ],
+        "panels": [_panel(whole, label, series) for label, series in _PANELS],
         "findings": [_box(c, place) for c in _gravest(summary)],
         "actionSteps": sorted({a.step for a in summary.actions if not a.dry_run})[:MOST_ACTION_MARKS],
         "onset": _onset(summary),
@@ -60,6 +58,11 @@ def page_data(summary: Summary, whole: Digest, closeup: Digest | None) -> dict[s
         "profile": [_profile(whole, row, summary.root) for row in rows],
         "fit": _fit(whole, rows),
     }  # fmt: skip
+
+
+def _panel(digest: Digest, label: str, series: tuple[tuple[str, str, int, str], ...]) -> dict[str, Any]:
+    log = _spread(digest, series[0][0], factor=LR_SPREAD if label == "lr" else 20)
+    return {"label": label, "series": series, "log": log}
 
 
 def _fit(digest: Digest, rows: list[int]) -> dict[str, str] | None:
@@ -94,13 +97,13 @@ def _band(band: Band) -> dict[str, str]:
     return {"low": packed(band.low), "mid": packed(band.mid), "high": packed(band.high)}
 
 
-def _spread(digest: Digest, name: str) -> bool:
-    """Whether a logarithmic axis shows the metric better: all above 0, and more than a factor 20 between them."""
+def _spread(digest: Digest, name: str, *, factor: float) -> bool:
+    """Whether a logarithmic axis shows the metric better: all above 0, and more than a factor between them."""
     band = digest.metric(name)
     if band is None:
         return False
     low, high = np.nanmin(band.low), np.nanmax(band.high)
-    return bool(low > 0 and high > 20 * low)
+    return bool(low > 0 and high > factor * low)
 
 
 def _gravest(summary: Summary) -> list[Chapter]:

@@ -144,7 +144,7 @@ class Trouble:
 
     Args:
         root: The chapter in which it began.
-        followed: Other chapters of the same gravity that joined on, in order of time.
+        followed: Other chapters as grave as what still holds that joined on, in order of time.
     """
 
     root: Chapter
@@ -157,8 +157,9 @@ class Trouble:
 
     @property
     def severity(self) -> Severity:
-        """The gravest of its chapters' severities."""
-        return max((c.severity for c in (self.root, *self.followed)), key=_RANK.__getitem__)
+        """How grave it is now: the gravest of what still holds; of all when it is over."""
+        told = (self.root, *self.followed)
+        return max((c.severity for c in told if c.is_open or not self.is_open), key=_RANK.__getitem__)
 
     @property
     def over_at(self) -> int | None:
@@ -173,15 +174,16 @@ class Trouble:
 def trouble(all_chapters: Sequence[Chapter], *, gap: int = 20) -> Trouble | None:
     """What the verdict is about; None when nothing grave was found (severity `info` is never a verdict).
 
-    It starts from the gravest open chapter (of all when none is open), goes back in time along chapters of the same
-    gravity that led into it, and forward along those that joined on: so an explosion that ended in NaN is
-    told as an explosion, and it is not over.
+    It starts from the gravest open chapter (of all when none is open), goes back in time along chapters at least as
+    grave that led into it, and forward along those that joined on: so an explosion that ended in NaN is told as an
+    explosion, and it is not over; nor is one that left layers dead.
     """
     grave = [c for c in all_chapters if c.severity != "info"]
     if not grave:
         return None
-    main = min(grave, key=lambda c: (-_RANK[c.severity], not c.is_open, *_by_time(c.findings[0])))
-    same = sorted((c for c in grave if c.severity == main.severity), key=lambda c: _by_time(c.findings[0]))
+    main = min(grave, key=lambda c: (not c.is_open, -_RANK[c.severity], *_by_time(c.findings[0])))
+    same = [c for c in grave if _RANK[c.severity] >= _RANK[main.severity]]
+    same.sort(key=lambda c: _by_time(c.findings[0]))
     start = same.index(main)
     for i in reversed(range(start)):
         if _reach(same[i]) + gap >= same[start].first_step:

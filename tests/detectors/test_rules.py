@@ -160,6 +160,13 @@ def test_a_layer_at_zero_is_dead_and_a_frozen_one_is_not() -> None:
     assert found["dead"][0].layers == ("layer1",)
 
 
+def test_layers_at_zero_are_told_from_the_last_one_which_passes_no_gradient_on() -> None:
+    norms = streams.noisy(120, 6)
+    norms[40:, :4] = 0.0
+    finding = streams.found(streams.batch(norms, loss=streams.falling(120)))["dead"][0]
+    assert finding.evidence["first_bad_layer"] == "layer3"
+
+
 def test_a_hinge_at_its_floor_is_not_dead() -> None:
     norms, loss = streams.noisy(200, 4), streams.falling(200, end=0.02)
     norms[100:], loss[100:] = 0.0, 0.0

@@ -85,6 +85,20 @@ def test_a_critical_trouble_comes_before_an_earlier_warning() -> None:
     assert (main.root.rule, main.severity) == ("exploding", "critical")
 
 
+def test_a_warning_that_still_holds_comes_before_a_critical_trouble_that_is_over() -> None:
+    main = trouble(chapters([found("exploding", 10, 20, over=True), found("dead", 500, 900, severity="warning")]))
+
+    assert main is not None
+    assert (main.root.rule, main.severity, main.is_open) == ("dead", "warning", True)
+
+
+def test_an_explosion_that_left_layers_dead_is_told_as_an_explosion_that_is_not_over() -> None:
+    main = trouble(chapters([found("exploding", 10, 20, over=True), found("dead", 22, 900, severity="warning")]))
+
+    assert main is not None
+    assert (main.root.rule, main.severity, main.is_open) == ("exploding", "warning", True)
+
+
 def test_mere_information_is_no_trouble() -> None:
     assert trouble(chapters([found("imbalance", 0, 900, severity="info")])) is None
 

@@ -77,6 +77,13 @@ def test_an_explosion_that_ended_in_nan_is_not_recovered() -> None:
     assert dict(told.facts)["What followed"] == "Gradients become NaN or infinite from step 500 on."
 
 
+def test_an_explosion_that_left_layers_dead_needs_a_look() -> None:
+    told = verdict(over(EXPLODING, 500), Finding("d", "dead", "warning", 500, 999, layers=("l0", "l1")))
+
+    assert (told.state, told.headline) == ("warning", "Gradients explode in l2 from step 412 on.")
+    assert dict(told.facts)["What followed"] == "Gradients are exactly zero from step 500 on."
+
+
 def test_a_crash_says_where_it_ended_and_what_was_wrong_before() -> None:
     told = verdict(EXPLODING, status="crashed")
 

@@ -17,6 +17,9 @@ from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.story import Chapter
 from gradwatch.reporters.style import Theme
 
+#: A learning rate is drawn on a logarithmic axis when it spans more than this: schedules are read on a linear one.
+LR_SPREAD = 1e4
+
 
 def timeline(
     digest: Digest,
@@ -99,7 +102,7 @@ def _panel(ax: Axes, digest: Digest, name: str, theme: Theme) -> None:
     if (
         finite.size
         and finite.min() > 0
-        and (name == "global_norm" or (name == "loss" and finite.max() > 20 * finite.min()))
+        and (name == "global_norm" or finite.max() > (LR_SPREAD if name == "lr" else 20) * finite.min())
     ):
         style.log_axis(ax, finite)
     skipped = digest.metric("skipped")

@@ -172,7 +172,7 @@
     let bottom = heatHeight + gap;
     [...panels].reverse().forEach((panel, i) => {
       const axis = `y${i + 2}`;
-      layout[`yaxis${i + 2}`] = { domain: [bottom / inner, (bottom + lineHeight) / inner], ...(panel.log ? { type: "log", ...logAxis(view, panel) } : { nticks: 4 }),
+      layout[`yaxis${i + 2}`] = { domain: [bottom / inner, (bottom + lineHeight) / inner], ...(panel.log ? { type: "log", ...logAxis(view, panel) } : { nticks: 4, rangemode: panel.label === "lr" ? "tozero" : "normal" }),
         title: { text: inert(panel.label), font: { size: 12 }, standoff: 4 }, gridcolor: colours.faint, zeroline: false };
       traces.push(...lines(view, panel, colours, axis));
       rows.lines.push(axis);
