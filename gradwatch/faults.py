@@ -44,11 +44,44 @@ class Faults:
         except StopTraining:
             raise
         except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
-            self.note(part, error)
+            try:
+                self.note(part, error)
+            except Exception:  # noqa: BLE001 -- short of memory for the call itself
+                self.counts[part] = 1
             return default
 
+    def let_go(self, part: str, *endings: Callable[[], object]) -> None:
+        """Call all of these, whether the part is on or off, and each once more where it fails.
+
+        An interrupt passes through, but only when everything from the interrupted one on has been called again.
+        """
+        for place, ending in enumerate(endings):
+            try:
+                if self._fails(part, ending):
+                    self._fails(part, ending)
+            except BaseException:
+                self.let_go(part, *endings[place:])
+                raise
+
+    def _fails(self, part: str, ending: Callable[[], object]) -> bool:
+        try:
+            ending()
+        except Exception as error:  # noqa: BLE001 -- as in `call`
+            try:
+                self.note(part, error)
+            except Exception:  # noqa: BLE001 -- as in `call`
+                self.counts[part] = 1
+            return True
+        return False
+
     def note(self, part: str, error: BaseException) -> None:
-        """Count a failure; the first of a part is logged with its traceback."""
+        """Count a failure; the first of a part is logged with its traceback. Raises nothing itself."""
+        try:
+            self._note(part, error)
+        except Exception:  # noqa: BLE001 -- there is nobody left to tell
+            self.counts.setdefault(part, 1)
+
+    def _note(self, part: str, error: BaseException) -> None:
         with self._lock:
             first = part not in self.counts
             self.counts[part] = self.counts.get(part, 0) + 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
 from gradwatch.detectors.engine import Engine
+from gradwatch.errors import GradwatchError
 from gradwatch.faults import Faults
 from gradwatch.records import ActionRecord, Finding, RunInfo, StepBatch
 from gradwatch.writer import RunWriter
@@ -66,12 +68,20 @@ class Monitor:
     ) -> None:
         self.writer, self.engine, self.policy, self.listeners, self.faults = writer, engine, policy, listeners, faults
         self.findings: dict[str, Finding] = {}
+        self._open: list[Listener] = []
 
     def open(self, info: RunInfo, run_dir: Path, first_step: int) -> None:
         """Tell the listeners which run begins; before the first step."""
         for listener in self.listeners:
-            begin, name = listener.open, type(listener).__name__
-            self.faults.call(name, begin, info, run_dir, first_step=first_step, note=self._event, default=None)
+            self.faults.call(type(listener).__name__, self._begin, listener, info, run_dir, first_step, default=None)
+
+    def _begin(self, listener: Listener, info: RunInfo, run_dir: Path, first_step: int) -> None:
+        self._open.append(listener)
+        try:
+            listener.open(info, run_dir, first_step=first_step, note=self._event)
+        except GradwatchError:  # it serves another run, and must not be closed with this one
+            self._open.remove(listener)
+            raise
 
     def record(self, batch: StepBatch) -> None:
         """Hand the batch to the writer."""
@@ -118,16 +128,25 @@ class Monitor:
         """Note a line of the user's own in the record."""
         self._event("mark", {"text": text, "step": step})
 
-    def close(self, status: str, detail: str, overhead: dict[str, Any]) -> None:
+    def close(self, status: str, detail: str, overhead: Callable[[], dict[str, Any]]) -> None:
         """Close every stage; the writer last. Findings still open are noted once more, with their last step."""
         for finding in self.faults.call("detectors", lambda: self.engine.open_findings, default=_NO_FINDINGS):
             if self.findings.get(finding.id) != finding:
                 self.report(finding)
-        for listener in self.listeners:
-            self.faults.call(type(listener).__name__, listener.close, status, detail, default=None)
-        if self.writer:
-            self.faults.call("writer", self.writer.update_info, overhead=overhead, default=None)
-            self.faults.call("writer", self.writer.close, status, detail, default=None)
+        for listener in self._open:
+            self.faults.let_go(type(listener).__name__, partial(listener.close, status, detail))
+        writer = self.writer
+        if writer:
+            # Also of a writer that failed: its threads still have the steps from before.
+            self.faults.let_go(
+                "writer", lambda: writer.update_info(overhead=overhead()), partial(writer.close, status, detail)
+            )
+
+    def failures(self) -> dict[str, int]:
+        """How often what the threads of listeners and writer did has failed."""
+        parts = [*self.listeners, *([self.writer] if self.writer else [])]
+        counts = [(f"{type(part).__name__} thread", getattr(part, "failures", 0)) for part in parts]
+        return {name: sum(count for other, count in counts if other == name) for name, count in counts if count}
 
     def _detect(self, batch: StepBatch) -> list[Finding]:
         return self.engine.update(batch, on_error=lambda name, error: self.faults.note(f"detector {name}", error))

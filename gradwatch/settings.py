@@ -11,7 +11,7 @@ from gradwatch.actions.base import Action
 from gradwatch.detectors.base import Detector
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.monitor import Listener
-from gradwatch.records import Finding, StepBatch
+from gradwatch.records import Finding, Parameter, StepBatch
 
 
 class Told(Protocol):
@@ -97,3 +97,22 @@ def settings_from(given: dict[str, Any]) -> Settings:
         if name not in known:
             raise UnknownNameError.among("setting", name, known)
     return Settings(**given)
+
+
+def checked_parameters(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
+    """The parameters of a run.
+
+    Raises:
+        ConfigurationError: None, something else among them, or two of one name.
+    """
+    checked = tuple(parameters)
+    if not checked:
+        raise ConfigurationError.of("parameters", "a list of at least one gradwatch.Parameter", checked)
+    names = set()
+    for parameter in checked:
+        if not isinstance(parameter, Parameter):
+            raise ConfigurationError.of("parameters", "a list of gradwatch.Parameter", parameter)
+        if parameter.name in names:
+            raise ConfigurationError(f"two parameters are named {parameter.name!r}")
+        names.add(parameter.name)
+    return checked

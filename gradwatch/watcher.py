@@ -6,10 +6,9 @@ import atexit
 import contextlib
 import math
 import os
-import sys
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +17,7 @@ import numpy as np
 
 from gradwatch.actions.base import Due
 from gradwatch.actions.policy import Policy
+from gradwatch.at_exit import close_at_exit
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.engine import Engine
 from gradwatch.errors import ConfigurationError, StopTraining, UnknownNameError, WatcherClosedError
@@ -35,7 +35,7 @@ from gradwatch.records import (
     RunInfo,
 )
 from gradwatch.rows import Rows, global_norm
-from gradwatch.settings import settings_from
+from gradwatch.settings import checked_parameters, settings_from
 from gradwatch.writer import NoWriter, RunWriter
 
 #: Quick steps that are looked at together where nobody acts on findings, and for how many seconds the first one waits.
@@ -68,7 +68,7 @@ class Watcher:
     ) -> None:
         self.settings = settings_from(settings)
         self.faults = Faults()
-        self._parameters = _checked(parameters)
+        self._parameters = checked_parameters(parameters)
         self._modules = tuple(modules)
         self._framework = framework
         self._policy = Policy(self.settings.actions, dry_run=self.settings.dry_run)
@@ -83,6 +83,14 @@ class Watcher:
             flush_every=self.settings.flush_every,
             flush_seconds=self.settings.flush_seconds,
         )
+        try:
+            self._begin(info)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _begin(self, info: RunInfo) -> None:
+        """Everything behind the writer, which has threads by now."""
         listeners = [*self.settings.alerts, *self.settings.sinks] if self.settings.record else []
         self.monitor = Monitor(
             writer=self._writer, engine=self._engine, policy=self._policy, listeners=listeners, faults=self.faults
@@ -99,8 +107,15 @@ class Watcher:
         #: What `Stop` does with its message; by default it raises `StopTraining` at the step boundary.
         self.on_stop: Callable[[str], None] = _raise_stop
         self._pid = os.getpid()
-        self._exit = _close_at_exit(self)
+        self._exit = close_at_exit(self)
         self.monitor.open(info, self.run_dir, self._next_step)
+
+    def _abandon(self) -> None:
+        """The watcher could not begin: let go of the threads."""
+        self._closed = True
+        owner = getattr(self, "monitor", None)
+        end = partial(owner.close, overhead=dict) if owner is not None else self._writer.close
+        self.faults.let_go("begin", partial(end, "crashed", "could not begin"))
 
     @property
     def run_dir(self) -> Path:
@@ -296,16 +311,28 @@ class Watcher:
             "bytes_written": self._writer.bytes_written,
             "dropped_steps": self._writer.dropped_steps,
             "errors": dict(self.faults.messages),
+            "failures": {**self.monitor.failures(), **self.faults.counts},
         }
 
     def close(self, status: str = "finished", detail: str = "") -> None:
         """Flush the record and let go of everything. A second call does nothing."""
-        if self._closed or os.getpid() != self._pid:
+        if self._closed:
             return
         self._closed = True
-        atexit.unregister(self._exit)
-        self.faults.call("check", self._check, default=None)
-        self.monitor.close(status, detail, self.overhead())
+        try:
+            parts = self._endings(status)
+            if os.getpid() == self._pid:
+                parts += [partial(self.faults.call, "check", self._check, default=None)]
+                parts += [partial(self.monitor.close, status, detail, self.overhead)]
+                parts += [partial(atexit.unregister, self._exit)]
+            self.faults.let_go("close", *parts)
+        except BaseException:
+            self._closed = False  # interrupted: it can be closed again
+            raise
+
+    def _endings(self, status: str) -> list[Callable[[], object]]:
+        """What is let go of before the record ends, each callable twice."""
+        return []
 
     def __enter__(self) -> Self:
         return self
@@ -354,20 +381,6 @@ class Watcher:
         return provenance(self._parameters, self._modules, framework=self._framework, config=config)
 
 
-def _checked(parameters: Iterable[Parameter]) -> tuple[Parameter, ...]:
-    checked = tuple(parameters)
-    if not checked:
-        raise ConfigurationError.of("parameters", "a list of at least one gradwatch.Parameter", checked)
-    names = set()
-    for parameter in checked:
-        if not isinstance(parameter, Parameter):
-            raise ConfigurationError.of("parameters", "a list of gradwatch.Parameter", parameter)
-        if parameter.name in names:
-            raise ConfigurationError(f"two parameters are named {parameter.name!r}")
-        names.add(parameter.name)
-    return checked
-
-
 def number(name: str, value: Any) -> float:
     """A logged value as a float; minus infinity, which stands for "not measured", becomes NaN."""
     try:
@@ -379,18 +392,3 @@ def number(name: str, value: Any) -> float:
 
 def _raise_stop(message: str) -> None:
     raise StopTraining(message)
-
-
-def _close_at_exit(watcher: Watcher) -> Callable[[], None]:
-    """Close at interpreter exit, without keeping the watcher alive until then."""
-    reference = weakref.ref(watcher)
-
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            # The interpreter leaves the exception that ended it here before it runs what was registered with atexit.
-            error = getattr(sys, "last_value", None)
-            alive.close("crashed", f"{type(error).__name__}: {error}") if error else alive.close()
-
-    atexit.register(close)
-    return close

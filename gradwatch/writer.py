@@ -94,8 +94,13 @@ class RunWriter:
         self.next_step = store.next_step
         # Woken at half of what may be lost, the thread has the time of as many steps for the flush itself.
         self._flush_at = max(1, flush_every // 2)
-        self._recorder: Recorder | None = Recorder(store, flush_seconds)
-        self._bytes_written = self._dropped_steps = 0
+        self._recorder: Recorder | None = None
+        try:
+            self._recorder = Recorder(store, flush_seconds)
+        except BaseException:
+            store.release()
+            raise
+        self._bytes_written = self._dropped_steps = self._failures = 0
         self._finalizer = weakref.finalize(self, _abandon, self._recorder, self._pid)
 
     def write(self, batch: StepBatch) -> None:
@@ -165,9 +170,9 @@ class RunWriter:
         recorder = self._recorder
         if recorder is None or os.getpid() != self._pid:
             return
-        self._finalizer.detach()
         recorder.close(status, detail)
-        self._bytes_written, self._dropped_steps = self.bytes_written, self.dropped_steps
+        self._finalizer.detach()
+        self._bytes_written, self._dropped_steps, self._failures = self.bytes_written, self.dropped_steps, self.failures
         self._recorder = None
 
     @property
@@ -175,6 +180,11 @@ class RunWriter:
         """Bytes brought to disk by this process so far."""
         store = self._recorder.store if self._recorder else None
         return store.bytes_written + store.bytes_sealed if store else self._bytes_written
+
+    @property
+    def failures(self) -> int:
+        """How often something failed in the threads that write; they try again."""
+        return self._recorder.failures if self._recorder else self._failures
 
     @property
     def dropped_steps(self) -> int:
@@ -195,7 +205,7 @@ class NoWriter(RunWriter):
         _check(info, **settings)
         self.path, self.next_step = Path(path), 0
         self._pid, self._recorder = os.getpid(), None
-        self._bytes_written = self._dropped_steps = 0
+        self._bytes_written = self._dropped_steps = self._failures = 0
 
 
 def _abandon(recorder: Recorder, pid: int) -> None:

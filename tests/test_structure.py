@@ -24,7 +24,7 @@ ROWS = (
     ("writer", "reader", "detectors", "actions", "alerts", "sinks"),
     ("backends",),
     ("monitor", "reporters", "compact", "export", "imports"),
-    ("run", "settings", "watchdog"),
+    ("run", "settings", "watchdog", "at_exit"),
     ("watcher",),
     ("integrations",),
     ("watch", "preflight", "keras"),

@@ -50,6 +50,12 @@ class Channel(ABC):
         self.routing = Routing.of({**self.defaults, **routing})
         self._courier: Courier | None = None
         self._is_stopped = False
+        self._failed = 0
+
+    @property
+    def failures(self) -> int:
+        """How often a delivery, or something in the thread, has failed in this run."""
+        return self._failed + (self._courier.failures if self._courier is not None else 0)
 
     @abstractmethod
     def send(self, message: Message) -> None:
@@ -108,7 +114,7 @@ class Channel(ABC):
 
     def close(self, status: str = "finished", detail: str = "") -> None:
         """The run ends: tell what waits, and let go of the thread within `close_seconds`."""
-        courier, self._courier = self._courier, None
+        courier = self._courier
         if courier is None:
             return
         if status == "crashed" and not self._is_stopped and not detail.startswith("KeyboardInterrupt"):
@@ -116,6 +122,7 @@ class Channel(ABC):
         elif status == "finished" and self.routing.finished:
             courier.add(_notice("finished", courier.step, "Training has finished.", severity="info"))
         courier.close()
+        self._failed, self._courier = self.failures, None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -57,6 +57,8 @@ class Courier:
         self._outgoing: Message | None = None
         self._pause, self._next_try = 0.0, 0.0
         self._complaints: set[str] = set()
+        #: Of deliveries and of our own code.
+        self.failures = 0
         self._thread = threading.Thread(target=self._run, name=f"gradwatch-{type(channel).__name__}", daemon=True)
         self._thread.start()
 
@@ -96,10 +98,26 @@ class Courier:
 
     def _run(self) -> None:
         while not self._closing:
-            wait = self._round()
-            self._wake.wait(wait)
+            self._safely(self._turn)
+        if not self._safely(self._last_round):
+            self._safely(self._last_round)
+
+    def _safely(self, work: Callable[[], object]) -> bool:
+        """Whether it went through; what is raised is logged and must not end this thread."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 -- nothing may end this thread
+            self.failures += 1
+            self._complain(error)
             self._wake.clear()
-        self._last_round()
+            if not self._closing:
+                self._wake.wait(FIRST_RETRY)
+            return False
+        return True
+
+    def _turn(self) -> None:
+        self._wake.wait(self._round())
+        self._wake.clear()
 
     def _round(self) -> float:
         """Do what is due; seconds until there may be more."""
@@ -145,6 +163,7 @@ class Courier:
         try:
             self._channel.send(message)
         except Exception as error:  # noqa: BLE001 -- whatever a receiver does must not end this thread
+            self.failures += 1
             self._pause = min(LAST_RETRY, 2 * self._pause or FIRST_RETRY)
             self._next_try = time.monotonic() + self._pause
             self._complain(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,11 @@ class ActivationSampler:
 
     Args:
         modules: Name to module, as from `activation_modules`.
+        guard: Calls a function with its arguments and keeps what it raises out of the forward and backward pass.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, modules: dict[str, nn.Module], guard: Callable[..., Any] = lambda f, *args: f(*args)) -> None:
+        self._modules, self._guard = modules, guard
         self._handles: list[Any] = []
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
@@ -125,9 +127,9 @@ class ActivationSampler:
             if isinstance(output, Tensor) and torch.is_grad_enabled() and output.numel():
                 self._outputs[place] = output_statistics(output, kind)
                 if output.requires_grad:
-                    output.register_hook(lambda gradient: self._note(place, gradient))
+                    output.register_hook(partial(self._guard, partial(self._note, place)))
 
-        return measure
+        return partial(self._guard, measure)
 
     def _note(self, place: int, gradient: Tensor) -> None:
         self._gradients[place] = torch.linalg.vector_norm(gradient.detach().float())

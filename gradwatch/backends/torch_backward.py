@@ -24,10 +24,16 @@ class BackwardEnd:
     Args:
         parameters: The parameters, a list that may grow.
         on_end: Called at the end of a pass.
+        on_error: Told of what must not be raised into the pass.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], on_end: Callable[[], None]) -> None:
-        self._parameters, self._on_end = parameters, on_end
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        on_end: Callable[[], None],
+        on_error: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self._parameters, self._on_end, self._on_error = parameters, on_end, on_error
         self._handles: dict[int, Any] = {}
         self._running: list[int] = []
         self._arrivals: list[int] = []
@@ -74,13 +80,18 @@ class BackwardEnd:
 
         def arrived(_: Tensor) -> None:
             """The gradient of the parameter at this place is complete."""
-            end = reference()
-            if end is None:
-                return
-            task = _task_id()
-            if task not in end._running:
-                end._begin(task)
-            end._arrivals.append(place)
+            end = None
+            try:
+                end = reference()
+                if end is None:
+                    return
+                task = _task_id()
+                if task not in end._running:
+                    end._begin(task)
+                end._arrivals.append(place)
+            except Exception as error:  # noqa: BLE001 -- nothing of ours may break the pass
+                if end is not None:
+                    end._on_error(error)
 
         return arrived
 
@@ -100,9 +111,18 @@ class BackwardEnd:
     def _queue_end(self) -> None:
         # Queued again from the end of the pass, to come behind those of DistributedDataParallel and FSDP, which reduce
         # gradients in callbacks of their own.
-        _queue(self._end)
+        try:
+            _queue(self._end)
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the pass
+            self._on_error(error)
 
     def _end(self) -> None:
+        try:
+            self._finish_pass()
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the pass
+            self._on_error(error)
+
+    def _finish_pass(self) -> None:
         if torch._C._current_autograd_node() is not None and len(self._running) > 1:
             self._running.pop()  # nested in the backward of another node, whose own pass will end
             return

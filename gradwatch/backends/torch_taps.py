@@ -34,6 +34,9 @@ class GradientListener(Protocol):
     def after_scaler_step(self, optimizer: Optimizer, scale: Tensor) -> None:
         """It has decided."""
 
+    def failed(self, error: Exception) -> None:
+        """Telling failed; the training must not."""
+
 
 _listeners: list[GradientListener] = []
 _originals: list[tuple[Any, str, Any]] = []
@@ -50,10 +53,10 @@ def leave(listener: GradientListener) -> None:
     """Remove a listener; the last one removes the taps."""
     if listener in _listeners:
         _listeners.remove(listener)
-        if not _listeners:
-            while _originals:
-                owner, name, original = _originals.pop()
-                setattr(owner, name, original)
+    while _originals and not _listeners:
+        owner, name, original = _originals[-1]
+        setattr(owner, name, original)
+        _originals.pop()
 
 
 def _install() -> None:
@@ -71,16 +74,31 @@ def _replace(owner: Any, name: str, tap: Callable[[Callable[..., Any]], Callable
     setattr(owner, name, functools.wraps(original)(tap(original)))
 
 
+def _failed(error: Exception) -> None:
+    for listener in tuple(_listeners):
+        listener.failed(error)
+
+
+def _tell_changed() -> None:
+    try:
+        for listener in tuple(_listeners):
+            listener.after_change()
+    except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
+        _failed(error)
+
+
 def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
     def clip_grads_with_norm_(
         parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
     ) -> Any:
         held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        for listener in tuple(_listeners):
-            listener.before_clip(held, max_norm, total_norm)
+        try:
+            for listener in tuple(_listeners):
+                listener.before_clip(held, max_norm, total_norm)
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the clipping
+            _failed(error)
         result = original(held, max_norm, total_norm, foreach)
-        for listener in tuple(_listeners):
-            listener.after_change()
+        _tell_changed()
         return result
 
     return clip_grads_with_norm_
@@ -88,13 +106,14 @@ def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _unscale_tap(original: Callable[..., Any]) -> Callable[..., Any]:
     def unscale_(self: Any, optimizer: Optimizer) -> Any:
-        scale = self._scale if self.is_enabled() else None
-        if scale is not None:
-            for listener in tuple(_listeners):
+        try:
+            scale = self._scale if self.is_enabled() else None
+            for listener in tuple(_listeners) if scale is not None else ():
                 listener.before_unscale(optimizer, scale)
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
+            _failed(error)
         result = original(self, optimizer)
-        for listener in tuple(_listeners):
-            listener.after_change()
+        _tell_changed()
         return result
 
     return unscale_
@@ -102,13 +121,19 @@ def _unscale_tap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _scaler_step_tap(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not self.is_enabled():
-            return original(self, optimizer, *args, **kwargs)
-        for listener in tuple(_listeners):
-            listener.before_scaler_step(optimizer)
+        try:
+            listeners = tuple(_listeners) if self.is_enabled() else ()
+            for listener in listeners:
+                listener.before_scaler_step(optimizer)
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
+            listeners = ()
+            _failed(error)
         result = original(self, optimizer, *args, **kwargs)
-        for listener in tuple(_listeners):
-            listener.after_scaler_step(optimizer, self._scale)
+        try:
+            for listener in listeners:
+                listener.after_scaler_step(optimizer, self._scale)
+        except Exception as error:  # noqa: BLE001 -- as above
+            _failed(error)
         return result
 
     return step

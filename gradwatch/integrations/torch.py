@@ -58,18 +58,36 @@ class TorchWatcher(Watcher):
         settings: Keyword arguments of `gradwatch.watcher.Settings`.
     """
 
+    _is_set_up = False
+
     def __init__(
         self, model: nn.Module, optimizers: Sequence[Optimizer], *, loss_fn: nn.Module | None = None, **settings: Any
     ) -> None:
         described, tensors = describe(model, optimizers)
         modules = activation_modules(model) if settings.get("activations") else {}
-        super().__init__(described, framework="torch", modules=list(modules), **settings)
-        self._activations = ActivationSampler(modules)
         self._detach: Callable[[], object] = lambda: None
+        super().__init__(described, framework="torch", modules=list(modules), **settings)
+        try:
+            self._set_up(model, optimizers, modules, tensors)
+            self._detach = attach(self, optimizers, loss_fn)
+        except BaseException:
+            self.close("crashed", "could not attach")
+            raise
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        modules: dict[str, nn.Module],
+        tensors: Sequence[nn.Parameter],
+    ) -> None:
+        self._activations = ActivationSampler(modules, partial(self.faults.call, "activations", default=None))
         self._gradients = Gradients(tensors)
         self._holders = Holders(self._gradients, self._gain_parameter)
         self.safely = Guard(self.faults, self._put_right)
-        self._backward = BackwardEnd(self._gradients.parameters, self.safely.hook(self._after_backward))
+        self._backward = BackwardEnd(
+            self._gradients.parameters, self.safely.hook(self._after_backward), self.safely.failed
+        )
         self.pending = Pending(self._gradients, self._backward)
         self._row: Row | None = None
         self._steps: dict[int, Step] = {}
@@ -87,12 +105,8 @@ class TorchWatcher(Watcher):
         self._uses: Uses | None = None
         self._is_first_row = True
         self._backward_since_step = self._stepped_in_backward = self.has_stepped = False
-        try:
-            self._between.start(self.run_dir, is_dry=is_dry)
-            self._detach = attach(self, optimizers, loss_fn)
-        except BaseException:
-            self.close("crashed", "could not attach")
-            raise
+        self._is_set_up = True
+        self._between.start(self.run_dir, is_dry=is_dry)
 
     def _put_right(self) -> None:
         """A hook failed: undo what it may have begun, and watch gradients no longer."""
@@ -220,17 +234,17 @@ class TorchWatcher(Watcher):
         row.put(measured, lambda norms: row.merge(update_statistics(places, norms, row.width)))
 
     def _undo(self, key: int) -> None:
-        step = self._steps.pop(key, None)
+        step = self._steps.get(key)
         if step is None:
             return
         if step is self._running_closure:
             self._running_closure = None
         for undo in reversed(step.undo):
             undo()
+        del self._steps[key]
 
     def _undo_all(self) -> None:
-        for key in list(self._steps):
-            self.faults.call("undo", self._undo, key, default=None)
+        self.faults.let_go("undo", *(partial(self._undo, key) for key in list(self._steps)))
 
     def _close_open_row(self, *, is_last: bool = False) -> None:
         row, self._row = self._row, None
@@ -364,19 +378,13 @@ class TorchWatcher(Watcher):
         super().load_state_dict(state)
         self._in_step.decider.load_state_dict(state.get("in_step", ()))
 
-    def close(self, status: str = "finished", detail: str = "") -> None:
-        """See `Watcher.close`."""
-        if self._closed:
-            return
-        self._detach()
-        self._between.close()
-        self._backward.remove()
-        self._activations.disarm()
-        self._undo_all()
-        self.faults.call("torch hooks", self._close_open_row, is_last=True, default=None)
-        self.pending.clear()
-        self._finish(status)
-        super().close(status, detail)
+    def _endings(self, status: str) -> list[Callable[[], object]]:
+        if not self._is_set_up:
+            return [getattr(self, name).remove for name in ("_backward",) if hasattr(self, name)]
+        last_row = partial(self.faults.call, "torch hooks", self._close_open_row, is_last=True, default=None)
+        parts: list[Callable[[], object]] = [self._detach, self._between.close, self._backward.remove]
+        parts += [self._activations.disarm, self._undo_all, last_row, self.pending.clear]
+        return [*parts, partial(self._finish, status)]
 
     def _finish(self, status: str) -> None:
         """Nothing more is measured."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.backends import torch_taps
-from gradwatch.errors import ModelError
+from gradwatch.errors import ModelError, StopTraining
 
 if TYPE_CHECKING:
     from gradwatch.integrations.torch import TorchWatcher
@@ -28,25 +28,41 @@ def attach(watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.M
         loss_fn: A module whose output is the loss; None for none.
     """
     handles: list[Any] = []
+    reference = weakref.ref(watcher)
+    ear = Ear(reference)
+    # Of a watcher that is dropped without `close`, nothing stays in the process either.
+    finalizer = weakref.finalize(watcher, _let_go, handles, ear)
+    finalizer.atexit = False
+
+    def detach() -> None:
+        _let_go(handles, ear)
+        finalizer.detach()
+
+    try:
+        _listen(watcher, optimizers, loss_fn, handles)
+        torch_taps.listen(ear)
+    except BaseException:
+        detach()
+        raise
+    return detach
+
+
+def _listen(
+    watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.Module | None, handles: list[Any]
+) -> None:
+    reference = weakref.ref(watcher)
     before, after = (
-        _untraced(watcher.safely.hook(watcher.before_step)),
-        _untraced(watcher.safely.hook(watcher.after_step)),
+        _untraced(watcher.safely.hook(watcher.before_step), reference),
+        _untraced(watcher.safely.hook(watcher.after_step), reference),
     )
     for optimizer in optimizers:
         handles.append(optimizer.register_step_pre_hook(before))
         handles.append(optimizer.register_step_post_hook(after))
-    reference = weakref.ref(watcher)
     if not optimizers:
-        handles.append(register_optimizer_step_pre_hook(_untraced(_weakly(reference, "before_step"))))
-        handles.append(register_optimizer_step_post_hook(_untraced(_weakly(reference, "after_step"))))
+        handles.append(register_optimizer_step_pre_hook(_untraced(_weakly(reference, "before_step"), reference)))
+        handles.append(register_optimizer_step_post_hook(_untraced(_weakly(reference, "after_step"), reference)))
     if loss_fn is not None:
         handles.append(loss_fn.register_forward_hook(LossHook(reference)))
-    ear = Ear(reference)
-    torch_taps.listen(ear)
-    # Of a watcher that is dropped without `close`, nothing stays in the process either.
-    finalizer = weakref.finalize(watcher, _let_go, handles, ear)
-    finalizer.atexit = False
-    return finalizer
 
 
 def _let_go(handles: Sequence[Any], ear: Ear) -> None:
@@ -55,15 +71,26 @@ def _let_go(handles: Sequence[Any], ear: Ear) -> None:
     torch_taps.leave(ear)
 
 
-def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _untraced(hook: Callable[..., Any], reference: weakref.ref[TorchWatcher]) -> Callable[..., Any]:
     """The hook, run as it is where the step of the optimizer itself is compiled."""
     # Torch imports its compiler with the first optimizer; before that an import would cost a second.
     outside: Any = torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else None
 
     def call(*args: Any) -> Any:
-        return outside(*args) if outside is not None and torch.compiler.is_compiling() else hook(*args)
+        try:
+            return outside(*args) if outside is not None and torch.compiler.is_compiling() else hook(*args)
+        except StopTraining:
+            raise
+        except Exception as error:  # noqa: BLE001 -- what failed on the way to the guard
+            _tell(reference, error)
+            return None
 
     return call
+
+
+def _tell(reference: weakref.ref[TorchWatcher], error: Exception) -> None:
+    if watcher := reference():
+        watcher.safely.failed(error)
 
 
 def _weakly(reference: weakref.ref[TorchWatcher], name: str) -> Callable[..., Any]:
@@ -109,6 +136,10 @@ class Ear:
         if watcher := self._watcher():
             watcher.safely(watcher.scaled, optimizer, scale)
 
+    def failed(self, error: Exception) -> None:
+        """One of the above failed before it came to the watcher."""
+        _tell(self._watcher, error)
+
 
 class LossHook:
     """Logs the output of a loss module; inert in copies and pickles of it, and inside compiled code.
@@ -123,9 +154,13 @@ class LossHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or self._watcher is None:
             return
-        watcher = self._watcher()
-        if watcher and isinstance(output, Tensor) and output.numel() == 1 and module.training and output.requires_grad:
-            watcher.faults.call("loss hook", watcher.log, loss=output, default=None)
+        try:
+            watcher = self._watcher()
+            is_loss = isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad
+            if watcher and is_loss and module.training:
+                watcher.faults.call("loss hook", watcher.log, loss=output, default=None)
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the forward pass
+            _tell(self._watcher, error)
 
     def __reduce__(self) -> tuple[type[LossHook], tuple[()]]:
         return LossHook, ()

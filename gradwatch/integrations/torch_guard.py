@@ -36,19 +36,28 @@ class Guard:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, or None when it fails or a hook has failed before."""
-        if _PART in self._faults.counts or (is_capturing() and self._pass_over()):
+        if _PART in self._faults.counts:
             return None
-        started = time.perf_counter()
         try:
-            return function(*args)
+            if is_capturing() and self._pass_over():
+                return None
+            started = time.perf_counter()
+            result = function(*args)
+            self.seconds += time.perf_counter() - started
         except StopTraining:
             raise
         except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
-            self._faults.note(_PART, error)
-            self._undo()
+            try:
+                self.failed(error)
+            except Exception:  # noqa: BLE001 -- short of memory for the call itself
+                self._faults.counts[_PART] = 1
             return None
-        finally:
-            self.seconds += time.perf_counter() - started
+        return result
+
+    def failed(self, error: Exception) -> None:
+        """Note a failure and undo what was begun."""
+        self._faults.note(_PART, error)
+        self._faults.let_go(_PART, self._undo)
 
     def _pass_over(self) -> bool:
         if not self._has_told:

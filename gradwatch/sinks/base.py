@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ class Sink(ABC):
         self._ending: str | None = None
         self._begun: tuple[RunInfo, Path] | None = None
         self._failures = 0
+        #: Failures in all.
+        self.failures = 0
 
     # -- what a sink defines; called by the sink's thread --------------------------------------------------------------
 
@@ -116,7 +120,7 @@ class Sink(ABC):
 
     def close(self, status: str = "finished", detail: str = "") -> None:
         """The run ends: mirror what waits, and let go of the thread."""
-        thread, self._thread = self._thread, None
+        thread = self._thread
         if thread is None:
             return
         self._ending = status
@@ -125,6 +129,7 @@ class Sink(ABC):
         if thread.is_alive():
             logger.warning("gradwatch: %r did not answer in time; its last numbers may be lost", self)
         self._wake.clear()
+        self._thread = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -133,15 +138,40 @@ class Sink(ABC):
 
     def _loop(self) -> None:
         assert self._begun is not None
-        table = Table(self.by)
-        if not self._guard(self.begin, *self._begun, fatal=True):
+        begun = self._begun
+        if not self._guard(self.begin, *begun, fatal=True):
             self._queue.clear()
             return
-        while self._ending is None:
+        table = None
+        while self._ending is None or self._queue:
+            table = table or self._table()
+            if table is None:
+                break
+            self._safely(partial(self._turn, table))
+        self._safely(lambda: self._guard(self.end, self._ending or "finished"))
+
+    def _table(self) -> Table | None:
+        made: list[Table] = []
+        for _ in range(2):
+            self._safely(lambda: made.append(Table(self.by)))
+            if made:
+                break
+        return made[0] if made else None
+
+    def _safely(self, work: Callable[[], object]) -> None:
+        """Do it; a failure of our own code must not end this thread."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001
+            self.failures += 1
+            logger.warning("gradwatch: %r failed (%s: %s)", self, type(error).__name__, error)
+            if self._ending is None:
+                time.sleep(PAUSE)
+
+    def _turn(self, table: Table) -> None:
+        if self._ending is None:
             self._wake.wait(PAUSE)
-            self._mirror(table)
         self._mirror(table)
-        self._guard(self.end, self._ending)
 
     def _mirror(self, table: Table) -> None:
         rows: list[Row] = []
@@ -168,6 +198,7 @@ class Sink(ABC):
         try:
             work(*arguments)
         except Exception as error:  # noqa: BLE001 -- whatever another tool does must not end this thread
+            self.failures += 1
             self._failures = MOST_FAILURES if fatal else self._failures + 1
             if fatal or self._failures in (1, MOST_FAILURES):
                 off = " and is switched off" if self._failures >= MOST_FAILURES else ""

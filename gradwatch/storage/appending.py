@@ -56,6 +56,6 @@ class AppendFile:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

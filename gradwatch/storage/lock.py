@@ -60,9 +60,9 @@ class Lock:
         self._close()
 
     def _close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 #: Locks of this process, to be let go in a forked child.

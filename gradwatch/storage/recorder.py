@@ -47,21 +47,34 @@ class Loop:
         self.wake = threading.Event()
         self._seconds, self._work = seconds, work
         self._trouble = Trouble(store.path)
-        self._is_ending = False
+        self._is_ending = self._is_done = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._is_ending:
-            self.wake.wait(self._seconds)
-            while not self._is_ending and not self._trouble.is_over_pause:
+            if not self._trouble.guard("thread", self._turn):
                 time.sleep(_GLANCE)
-            self.wake.clear()
-            self._trouble.round(self._work(self._trouble))
         for pause in _LAST_TRIES:
-            if self._work(self._trouble):
+            self._trouble.guard("thread", self._last_turn)
+            if self._is_done:
                 return
             time.sleep(pause)
+
+    def _last_turn(self) -> None:
+        self._is_done = self._work(self._trouble)
+
+    def _turn(self) -> None:
+        self.wake.wait(self._seconds)
+        while not self._is_ending and not self._trouble.is_over_pause:
+            time.sleep(_GLANCE)
+        self.wake.clear()
+        self._trouble.round(self._work(self._trouble))
+
+    @property
+    def failures(self) -> int:
+        """Failures so far."""
+        return self._trouble.failures
 
     def end(self) -> bool:
         """A last round, or some while the disk fails; whether the thread is gone then, and does not hang in a call."""
@@ -94,6 +107,8 @@ class Recorder:
         self.thinned_steps, self.thinned_first, self.thinned_last = 0, -1, -1
         #: Steps that could never be written.
         self.lost_steps = 0
+        #: Batches among them that could not be encoded.
+        self.failed_rows = 0
         #: Gives steps that wait elsewhere for company; asked when none were put for a while.
         self.more: Callable[[], StepBatch | None] = lambda: None
         self._rows: list[StepBatch] = []
@@ -101,13 +116,23 @@ class Recorder:
         self._flush_seconds = flush_seconds
         self._heartbeat = self._synced = self._asked = time.monotonic()
         self._is_unsynced = self._is_urgent = False
+        self._trouble = Trouble(store.path)
         self._flushing = Loop("gradwatch-writer", store, flush_seconds, self._flush)
-        self._keeping = Loop("gradwatch-sealer", store, 1.0, self._keep)
+        try:
+            self._keeping = Loop("gradwatch-sealer", store, 1.0, self._keep)
+        except BaseException:
+            self._flushing.end()
+            raise
 
     @property
     def wake(self) -> threading.Event:
         """To be set when rows or events should be flushed soon."""
         return self._flushing.wake
+
+    @property
+    def failures(self) -> int:
+        """Failures of the disk, and of our own code, in the threads."""
+        return self._flushing.failures + self._keeping.failures + self._trouble.failures + self.failed_rows
 
     @property
     def waiting_steps(self) -> int:
@@ -129,10 +154,13 @@ class Recorder:
         if not (self._flushing.end() and self._keeping.end()):
             logger.error("gradwatch: the disk does not answer; %s is left as it is", self.store.path)
             return
-        trouble = Trouble(self.store.path)
-        self.lost_steps += self.waiting_steps
+        trouble = self._trouble
+        lost = self.waiting_steps
+        self.lost_steps, self._taken_steps = self.lost_steps + lost, self._taken_steps + lost
         trouble.guard("events", self._mark_thinning)
-        trouble.guard("the end", lambda: self.store.finish(status, detail, overhead=self._counters()))
+        for _ in range(3):
+            if trouble.guard("the end", lambda: self.store.finish(status, detail, overhead=self._counters())):
+                break
         if self.lost_steps:
             logger.error("gradwatch: %d steps could not be written to %s", self.lost_steps, self.store.path)
         self.store.release()
@@ -164,6 +192,7 @@ class Recorder:
             raise
         except Exception:  # rows that cannot be encoded must not stop those that follow
             self.lost_steps += len(rows)
+            self.failed_rows += 1
             logger.exception("gradwatch: steps %d to %d cannot be recorded", rows.step[0], rows.step[-1])
         self._taken_steps += len(rows)
         self._taken_bytes += weight(rows)
@@ -250,7 +279,8 @@ class Recorder:
 
     def _counters(self) -> dict[str, int]:
         written = self.store.bytes_written + self.store.bytes_sealed
-        return {"bytes_written": written, "dropped_steps": self.thinned_steps + self.lost_steps}
+        dropped = self.thinned_steps + self.lost_steps
+        return {"bytes_written": written, "dropped_steps": dropped, "write_failures": self.failures}
 
 
 def weight(batch: StepBatch) -> int:

@@ -197,9 +197,10 @@ class Store:
     def end_segment(self) -> None:
         """Close the open segment; the next step begins another. `seal` turns it into Parquet."""
         if self._open is not None:
-            segment, self._open = self._open, None
+            segment = self._open
             segment.close()
             self._ended.append(segment.stem)
+            self._open = None
 
     @property
     def has_ended(self) -> bool:

@@ -25,6 +25,8 @@ class Trouble:
         self._pause = 0.0
         self._until = 0.0
         self._seen: set[str] = set()
+        #: Failures so far.
+        self.failures = 0
 
     @property
     def is_over_pause(self) -> bool:
@@ -42,6 +44,7 @@ class Trouble:
 
     def note(self, part: str, error: Exception) -> None:
         """Log a failure, the first of its kind since all was well."""
+        self.failures += 1
         kind = f"{part}: {type(error).__name__}: {error}"
         if part not in self._seen:
             self._seen.add(part)

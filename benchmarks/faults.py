@@ -1,0 +1,105 @@
+"""Makes every call of gradwatch fail, one at a time, in real trainings; prints a table, writes JSON.
+
+    python -m benchmarks.faults --injections 10000 --work results/   # goes on where an earlier call was stopped
+
+A training is watched with everything on, and once in it a call of ours fails: by an ordinary exception, out of memory,
+by an error of the system, twice in a row, by an interrupt, or it hangs (in our own threads). Which calls there are is
+found by tracing a run, see `benchmarks/faultwork`. The training must go on bit-identical to an unwatched one, the fault
+be logged and counted, the record be whole enough to read, and nothing be left behind. A short campaign of the same kind
+is in `tests/faults`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faultwork.campaign import Stage, chosen
+from benchmarks.faultwork.scenes import SCENES
+from benchmarks.machine import machine
+
+OUT = Path("benchmarks/results/faults.json")
+
+
+def campaign(injections: int, seed: int, kept: Path | None) -> list[dict[str, Any]]:
+    """Play so many injections, but for those whose outcome is in the file already.
+
+    Args:
+        injections: How many.
+        seed: Of the choice.
+        kept: One JSON object a line; added to.
+    """
+    done = [json.loads(line) for line in kept.read_text().splitlines()] if kept is not None and kept.exists() else []
+    stage = Stage()
+    try:
+        sites = {name: stage.sites(name) for name in SCENES}
+        for number, injection in enumerate(itertools.islice(chosen(sites, seed), injections)):
+            if number < len(done):
+                continue
+            outcome = stage.inject(injection)
+            site = injection.site
+            told = {"scene": injection.scene, **dataclasses.asdict(_Told(site.file, site.function, site.line))}
+            told |= {"when": site.when, "moment": site.moment, "thread": site.thread, "kind": injection.kind}
+            done.append({"number": number, **told, "fired": outcome["fired"], "wrong": outcome["wrong"]})
+            if outcome["wrong"]:
+                print(f"{number}: {injection.scene}, {site}, {injection.kind}: {outcome['wrong']}", flush=True)
+            if kept is not None:
+                with kept.open("a") as file:
+                    file.write(json.dumps(done[-1]) + "\n")
+    finally:
+        stage.close()
+    return done
+
+
+@dataclasses.dataclass
+class _Told:
+    file: str
+    function: str
+    line: int
+
+
+def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of a campaign."""
+    fired = [each for each in done if each["fired"]]
+    wrong = Counter(what.partition(":")[0] for each in fired for what in each["wrong"])
+    return {
+        "planned": len(done),
+        "injected": len(fired),
+        "functions": len({(each["file"], each["function"]) for each in fired}),
+        "by kind": Counter(each["kind"] for each in fired),
+        "by moment": Counter(each["moment"] for each in fired),
+        "in threads": sum(each["thread"] != "main" for each in fired),
+        "clean": sum(not each["wrong"] for each in fired),
+        "wrong": wrong,
+    }
+
+
+def main() -> int:
+    """Run the campaign; 1 when anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--injections", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="folder that keeps the outcomes, so that the campaign can go on")
+    options = parser.parse_args()
+    threading.excepthook = lambda _: None  # what ends a thread is found by what it leaves undone
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
+    done = campaign(options.injections, options.seed, options.work and options.work / f"seed-{options.seed}.jsonl")
+    found = summary(done)
+    for name, value in found.items():
+        print(f"{name:>12}  {dict(value) if isinstance(value, Counter) else value}")
+    worst = [each for each in done if each["wrong"]]
+    result = {**machine("torch"), "seed": options.seed, **found, "cases": worst[:50]}
+    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if found["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

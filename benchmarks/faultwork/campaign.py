@@ -1,0 +1,104 @@
+"""Chooses what fails, plays it, and keeps the verdicts."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import shutil
+import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faultwork.judge import KINDS, kinds_for, verdict
+from benchmarks.faultwork.play import plain, play
+from benchmarks.faultwork.scenes import SCENES
+from benchmarks.faultwork.sites import Catalogue, Injector, Moment, Site
+
+#: A run is on a file system in memory where there is one: a sync there costs nothing.
+_MEMORY = Path("/dev/shm")  # noqa: S108 -- a folder of our own is made below it
+
+
+@dataclass(frozen=True)
+class Injection:
+    """One fault.
+
+    Args:
+        scene: In which training.
+        site: Where.
+        nth: At which pass.
+        kind: What happens, of `KINDS`.
+        then: For `twice`: how many calls later the second comes.
+    """
+
+    scene: str
+    site: Site
+    nth: int
+    kind: str
+    then: int = 0
+
+
+class Stage:
+    """Where injections are played: knows the sites of each scene and its states without a watcher.
+
+    Args:
+        scenes: Names of those to play.
+    """
+
+    def __init__(self, scenes: Iterable[str] = tuple(SCENES)) -> None:
+        self.moment = Moment()
+        self._numbers = itertools.count()
+        self.folder = Path(tempfile.mkdtemp(prefix="faults-", dir=_MEMORY if _MEMORY.is_dir() else None))
+        self.plain = {name: plain(name) for name in scenes}
+        for name in self.plain:
+            play(name, self.folder / "warm-up", self.moment)
+            shutil.rmtree(self.folder / "warm-up")
+        gc.collect()
+        gc.freeze()  # so that looking for what was left takes a moment
+
+    def close(self) -> None:
+        """Remove all files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def sites(self, scene: str) -> dict[Site, int]:
+        """The sites of a scene, with how often each is passed."""
+        with Catalogue(self.moment) as catalogue:
+            played = play(scene, self.folder / "traced", self.moment)
+        shutil.rmtree(self.folder / "traced")
+        if played.error or played.leaks or played.digests != self.plain[scene]:
+            raise RuntimeError(f"scene {scene!r} is not sound without a fault: {played}")
+        return dict(catalogue.hits)
+
+    def inject(self, injection: Injection) -> dict[str, Any]:
+        """Play it; what came of it, `fired` saying whether the fault was reached."""
+        released, run_dir = threading.Event(), self.folder / f"run-{next(self._numbers)}"
+        strike = KINDS[injection.kind]
+        arguments = {"nth": injection.nth, "then": injection.then}
+        with Injector(injection.site, self.moment, lambda: strike(released), **arguments) as injector:
+            played = play(injection.scene, run_dir, self.moment, released=released)
+        fired = injector.fired
+        wrong = verdict(played, self.plain[injection.scene], run_dir, injection.site, injection.kind) if fired else []
+        shutil.rmtree(run_dir, ignore_errors=True)
+        parts = [f"{part}: {text}" for part, text in played.errors.items()]
+        return {"fired": fired, "wrong": wrong, "parts": parts, "logged": [text for _, text in played.logged]}
+
+
+def chosen(sites: dict[str, dict[Site, int]], seed: int) -> Iterator[Injection]:
+    """Injections without end: every instruction once, at any moment and of any kind, then again."""
+    draw = random.Random(seed)  # noqa: S311 -- no secrets
+    groups: dict[tuple[str, str, int, int, str], list[tuple[str, Site]]] = defaultdict(list)
+    for scene, found in sites.items():
+        for site in found:
+            groups[site.file, site.function, site.first_line, site.offset, site.when].append((scene, site))
+    order = sorted(groups)
+    while True:
+        draw.shuffle(order)
+        for key in order:
+            scene, site = draw.choice(groups[key])
+            kind = draw.choice(kinds_for(site))
+            nth = draw.randint(1, min(sites[scene][site], 20))
+            yield Injection(scene, site, nth, kind, then=draw.randint(1, 25) if kind == "twice" else 0)

@@ -1,0 +1,241 @@
+"""Plays a scene, watched or not, and keeps what the judge wants to know."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradwatch as gw
+from benchmarks.faultwork.scenes import BAD_BATCH, SCENES, STEPS, Heard, Mirror, Scene, own_rule
+from benchmarks.faultwork.sites import Moment
+from gradwatch.backends import torch_taps
+from gradwatch.sinks import base as sinks
+from gradwatch.storage import recorder, store, trouble
+
+#: What every fault of a campaign says of itself.
+MARK = "injected fault"
+#: Steps that count as warm-up.
+WARM_UP = 2
+
+
+@dataclass
+class Played:
+    """What a play left.
+
+    Args:
+        digests: State before the first step and after each.
+        error: What came out of the loop, or of `watch` or `close`.
+        rules: Rules of the findings that the watcher knows.
+        heard: By name, what alerts and sinks were told.
+        errors: `overhead()["errors"]` of the watcher: what is switched off.
+        failures: `overhead()["failures"]`: how often which part failed.
+        logged: What gradwatch logged, level and text with traceback.
+        leaks: What remained.
+        is_blocked: Whether the loop waited for a thread that hung.
+    """
+
+    digests: list[str] = field(default_factory=list)
+    error: BaseException | None = None
+    rules: set[str] = field(default_factory=set)
+    heard: dict[str, Heard] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
+    logged: list[tuple[int, str]] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    is_blocked: bool = False
+
+
+class _Log(logging.Handler):
+    def __init__(self, kept: list[tuple[int, str]]) -> None:
+        super().__init__(logging.WARNING)
+        self.kept = kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append((record.levelno, self.format(record)))
+
+
+@contextmanager
+def listening(kept: list[tuple[int, str]]) -> Iterator[None]:
+    """With all that gradwatch logs kept."""
+    logger, handler = logging.getLogger("gradwatch"), _Log(kept)
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
+
+
+@contextmanager
+def hurried() -> Iterator[None]:
+    """With the clocks of the writing threads fast, so that a short run does all that a long one does."""
+    changes = {
+        (trouble, "FIRST_RETRY"): 0.005, (trouble, "LAST_RETRY"): 0.01, (recorder, "HEARTBEAT"): 0.01,
+        (recorder, "SYNC"): 0.01, (recorder, "_GLANCE"): 0.002, (recorder, "_LAST_TRIES"): (0.01, 0.01, 0.01),
+        (recorder, "_PATIENCE"): 5.0, (store, "SEAL_ROWS"): 4, (sinks, "PAUSE"): 0.005, (sinks, "CLOSE_SECONDS"): 1.0,
+    }  # fmt: skip
+    kept = {(owner, name): getattr(owner, name) for owner, name in changes}
+    for (owner, name), value in changes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name), value in kept.items():
+            setattr(owner, name, value)
+
+
+def plain(name: str) -> list[str]:
+    """The states of a scene that nobody watches."""
+    torch.manual_seed(0)
+    scene = SCENES[name]()
+    digests = [scene.digest()]
+    for k in range(STEPS):
+        scene.step(k, lambda **_: None)
+        digests.append(scene.digest())
+    return digests
+
+
+def watch(scene: Scene, run_dir: Path, heard: dict[str, Heard]) -> gw.Watcher:
+    """As a user would who uses everything."""
+    for name in ("alert", "other alert", "sink", "other sink"):
+        heard[name] = Heard()
+    routing: dict[str, Any] = {"group_seconds": 0.0, "cooldown": 0.0, "close_seconds": 1.0, "min_severity": "info"}
+    return gw.watch(
+        scene.model,
+        scene.optimizers,
+        run_dir=run_dir,
+        detectors=[*gw.detectors.CATALOGUE, own_rule],
+        alerts=[gw.alerts.Call(heard[name].message, **routing) for name in ("alert", "other alert")],
+        sinks=[Mirror(heard["sink"]), Mirror(heard["other sink"])],
+        flush_every=2,
+        flush_seconds=0.01,
+        **scene.settings,
+    )
+
+
+def play(name: str, run_dir: Path, moment: Moment, *, released: threading.Event | None = None) -> Played:
+    """Play a scene, watched.
+
+    Args:
+        name: Of the scene.
+        run_dir: Where to record it.
+        moment: Told what is going on.
+        released: Set when the loop is over, for a thread that hangs until then.
+    """
+    played, before = Played(), Traces()
+    with hurried(), listening(played.logged):
+        reference = _play(name, run_dir, moment, played, released)
+        moment.now = ""
+        if released is not None:
+            released.set()
+        played.leaks = before.left(run_dir, reference)
+    return played
+
+
+def _play(name: str, run_dir: Path, moment: Moment, played: Played, released: threading.Event | None) -> Any:
+    torch.manual_seed(0)
+    scene = SCENES[name]()
+    watcher = None
+    try:
+        moment.now = "watch"
+        watcher = watch(scene, run_dir, played.heard)
+        played.digests.append(scene.digest())
+        for k in range(STEPS):
+            moment.now = "first" if k < WARM_UP else "steady"
+            scene.step(k, watcher.log)
+            if k == BAD_BATCH:
+                _let_threads_work(watcher)
+            played.digests.append(scene.digest())
+        moment.now = "close"
+        played.is_blocked = released is not None and released.is_set()
+        watcher.close()
+    except BaseException as error:  # noqa: BLE001 -- whatever comes out is what we look for
+        played.error = error.with_traceback(None)
+        played.error.__context__ = None
+        if len(played.digests) <= STEPS:
+            played.digests.append(scene.digest())
+    moment.now = ""
+    if watcher is None:
+        return None
+    watcher.close()
+    played.rules = {finding.rule for finding in watcher.monitor.findings.values()}
+    played.errors, played.failures = dict(watcher.overhead()["errors"]), dict(watcher.overhead()["failures"])
+    played.leaks += hooks_left(scene)
+    return weakref.ref(watcher)
+
+
+def _let_threads_work(watcher: gw.Watcher) -> None:
+    """Give the writing threads time to write, sync, seal and beat."""
+    end = time.monotonic() + 0.03
+    while time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def hooks_left(scene: Scene) -> list[str]:
+    """Hooks on the model or its optimizers."""
+    parts = [part for part in scene.everything if isinstance(part, (nn.Module, torch.optim.Optimizer))]
+    parts += [scene.settings["loss_fn"]] if "loss_fn" in scene.settings else []
+    found = []
+    modules = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
+    for part in [*parts, *modules]:
+        names = [name for name in vars(part) if name.endswith("_hooks") and vars(part)[name]]
+        found += [f"{name} of {type(part).__name__}" for name in names]
+    for parameter in scene.model.parameters():
+        if getattr(parameter, "_post_accumulate_grad_hooks", None) or parameter._backward_hooks:  # noqa: SLF001
+            found.append("hook on a parameter")
+    return found
+
+
+class Traces:
+    """What the process holds now; compared after a play."""
+
+    def __init__(self) -> None:
+        self.threads = set(threading.enumerate())
+        self.finalizers = len(weakref.finalize._registry)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def left(self, run_dir: Path, watcher: Any) -> list[str]:
+        """What remains of a play."""
+        gc.collect()
+        deadline = time.monotonic() + 2
+        while (threads := set(threading.enumerate()) - self.threads) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        found = [f"thread {thread.name}" for thread in threads]
+        found += [f"open file {Path(name).name}" for name in _open_files(run_dir)]
+        if torch_taps._listeners or torch_taps._originals:  # noqa: SLF001
+            found.append("taps")
+            while torch_taps._listeners:  # noqa: SLF001 -- or every later play would find them
+                torch_taps.leave(torch_taps._listeners[-1])  # noqa: SLF001
+        hooks = vars(sys.modules["torch.optim.optimizer"])
+        for name in [name for name in hooks if name.startswith("_global_") and hooks[name]]:
+            found.append(name)
+            hooks[name].clear()
+        if len(weakref.finalize._registry) > self.finalizers:  # type: ignore[attr-defined]  # noqa: SLF001
+            found.append("finalizer")
+        if watcher is not None and watcher() is not None:
+            found.append("the watcher itself")
+        return found
+
+
+def _open_files(folder: Path) -> list[str]:
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            path = str(link.readlink())
+        except OSError:  # the descriptor of this very listing
+            continue
+        if path.startswith(f"{folder}/"):
+            found.append(path)
+    return found

@@ -1,0 +1,210 @@
+"""Where a fault can come: every call in gradwatch's code that a run makes, found by tracing a run.
+
+Nothing is listed by hand, so a new function is covered as soon as a scene reaches it. A site is an instruction, before
+which the call fails without having begun, or after which it fails with its work done.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple, Self
+
+import gradwatch
+
+PACKAGE = f"{Path(gradwatch.__file__).parent}/"
+#: Instructions that call something, and those that do where tensors and arrays are added or looked into.
+_CALLS = {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "BEFORE_WITH", "IMPORT_NAME"}
+_OPERATORS = {"BINARY_OP", "BINARY_SUBSCR", "STORE_SUBSCR", "COMPARE_OP", "UNARY_NEGATIVE"}
+_NUMERIC = ("backends/", "detectors/", "rows.py")
+
+
+class Site(NamedTuple):
+    """One instruction at which a call may fail.
+
+    Args:
+        file: Below the package.
+        line: Of the instruction.
+        function: Qualified name of the function.
+        first_line: Of the function.
+        offset: Of the instruction in the function's code.
+        when: `before` or `after` the call.
+        moment: Of the run: `watch`, `first`, `steady`, `close`, ...
+        thread: `main`, or the kind of thread.
+    """
+
+    file: str
+    line: int
+    function: str
+    first_line: int
+    offset: int
+    when: str
+    moment: str
+    thread: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} {self.function} ({self.when}, {self.moment}, {self.thread})"
+
+
+class Moment:
+    """What the run is doing now; set by the run, read by whoever traces it."""
+
+    def __init__(self) -> None:
+        self.now = ""
+        self.main = threading.get_ident()
+
+    @property
+    def thread(self) -> str:
+        """Kind of the thread that asks."""
+        return "main" if threading.get_ident() == self.main else threading.current_thread().name
+
+
+@contextmanager
+def traced(trace: Any, profile: Any) -> Iterator[None]:
+    """With these functions on this thread and on all that begin meanwhile."""
+    threading.settrace(trace)
+    threading.setprofile(profile)
+    sys.settrace(trace)
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        sys.settrace(None)
+        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.settrace(None)  # type: ignore[arg-type]
+
+
+@functools.cache
+def instructions(code: CodeType) -> dict[int, int]:
+    """Offset to line of the instructions of a function that may fail."""
+    numeric = code.co_filename.removeprefix(PACKAGE).startswith(_NUMERIC)
+    wanted = _CALLS | _OPERATORS if numeric else _CALLS
+    found, line, pushed = {}, code.co_firstlineno, 0
+    for each in dis.get_instructions(code):
+        line = each.positions.lineno if each.positions and each.positions.lineno else line
+        # Three Nones before a call: the end of a `with`, whose failure is that of the block.
+        if each.opname in wanted and pushed < 3:
+            found[each.offset] = line
+        if each.opname not in {"PRECALL", "CACHE"}:
+            pushed = pushed + 1 if each.opname == "LOAD_CONST" and each.argval is None else 0
+    return found
+
+
+def _place(frame: FrameType) -> tuple[str, str, int]:
+    code = frame.f_code
+    return code.co_filename.removeprefix(PACKAGE), code.co_qualname, code.co_firstlineno
+
+
+class Catalogue:
+    """Collects the sites of a run, with how often each was passed.
+
+    Args:
+        moment: Of the run that is traced.
+    """
+
+    def __init__(self, moment: Moment) -> None:
+        self._moment = moment
+        self.hits: Counter[Site] = Counter()
+
+    def __enter__(self) -> Self:
+        self._traced = traced(self._begin, self._profile)
+        self._traced.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._traced.__exit__(None, None, None)
+
+    def _begin(self, frame: FrameType, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name == "<module>":
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return functools.partial(self._trace, instructions(frame.f_code))
+
+    def _trace(self, places: dict[int, int], frame: FrameType, event: str, _: Any) -> Any:
+        if event == "opcode" and frame.f_lasti in places:
+            self._note(frame, places[frame.f_lasti], "before")
+        return frame.f_trace
+
+    def _profile(self, frame: FrameType, event: str, _: Any) -> None:
+        if event in {"return", "c_return"}:
+            caller = frame.f_back if event == "return" else frame
+            if caller is not None and caller.f_code.co_filename.startswith(PACKAGE):
+                self._note(caller, caller.f_lineno, "after")
+
+    def _note(self, frame: FrameType, line: int, when: str) -> None:
+        if self._moment.now:
+            file, function, first = _place(frame)
+            key = (file, line, function, first, frame.f_lasti, when, self._moment.now, self._moment.thread)
+            self.hits[Site(*key)] += 1
+
+
+class Injector:
+    """Makes one call fail, once; with `then`, also a call that gradwatch makes after it.
+
+    Args:
+        site: Which.
+        moment: Of the run.
+        strike: Raises, or waits.
+        nth: At which pass.
+        then: How many calls later a second one fails; 0 for none.
+    """
+
+    def __init__(self, site: Site, moment: Moment, strike: Callable[[], None], *, nth: int = 1, then: int = 0) -> None:
+        self._site, self._moment, self._strike, self._left, self._then = site, moment, strike, nth, then
+        self._key = (PACKAGE + site.file, site.function, site.first_line)
+        self.fired = 0
+
+    def __enter__(self) -> Self:
+        is_after = self._site.when == "after"
+        self._traced = traced(None if is_after else self._begin, self._profile if is_after or self._then else None)
+        self._traced.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._traced.__exit__(None, None, None)
+
+    def _begin(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if not self.fired and (code.co_filename, code.co_qualname, code.co_firstlineno) == self._key:
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+            return self._trace
+        return None
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if event == "opcode" and frame.f_lasti == self._site.offset and not self.fired:
+            self._pass()
+        return self._trace
+
+    def _profile(self, frame: FrameType, event: str, _: Any) -> None:
+        if self.fired:
+            self._second(frame, event)
+        elif event in {"return", "c_return"} and self._site.when == "after":
+            caller = frame.f_back if event == "return" else frame
+            if caller is not None and caller.f_lasti == self._site.offset:
+                code = caller.f_code
+                if (code.co_filename, code.co_qualname, code.co_firstlineno) == self._key:
+                    self._pass()
+
+    def _second(self, frame: FrameType, event: str) -> None:
+        caller = {"call": frame.f_back, "c_call": frame}.get(event)
+        if self.fired == 1 and self._then and caller is not None and caller.f_code.co_filename.startswith(PACKAGE):
+            self._then -= 1
+            if not self._then:
+                self.fired = 2
+                self._strike()
+
+    def _pass(self) -> None:
+        if self._moment.now != self._site.moment or self._moment.thread != self._site.thread:
+            return
+        self._left -= 1
+        if not self._left:
+            self.fired = 1
+            self._strike()
