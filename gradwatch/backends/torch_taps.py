@@ -108,8 +108,9 @@ def _unscale_tap(original: Callable[..., Any]) -> Callable[..., Any]:
     def unscale_(self: Any, optimizer: Optimizer) -> Any:
         try:
             scale = self._scale if self.is_enabled() else None
-            for listener in tuple(_listeners) if scale is not None else ():
-                listener.before_unscale(optimizer, scale)
+            if scale is not None:
+                for listener in tuple(_listeners):
+                    listener.before_unscale(optimizer, scale)
         except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
             _failed(error)
         result = original(self, optimizer)

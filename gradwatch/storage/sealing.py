@@ -16,7 +16,7 @@ from gradwatch.storage.rollup_files import encode_rollups, roll_up_columns
 from gradwatch.storage.rollups import METRIC, Rollup
 
 
-def seal(run: Path, stem: Stem, disk: Disk) -> int:
+def seal(run: Path, stem: Stem, disk: Disk, *, rows: int = 0) -> int:
     """Seal one segment and remove its stream.
 
     The file below `steps/` is put in place last: once it is there the segment is sealed, until then the stream counts.
@@ -25,9 +25,13 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
         run: The run directory.
         stem: Of a stream that nobody writes to any more.
         disk: What touches the files.
+        rows: How many steps it is known to hold.
 
     Returns:
         Bytes written.
+
+    Raises:
+        OSError: Fewer could be read, which may be for want of memory; nothing is changed.
     """
     stream, name = run / STEPS / f"{stem}{OPEN_SUFFIX}", f"{stem}{SEALED_SUFFIX}"
     if (run / STEPS / name).exists():  # sealed by a process that died before it removed the stream
@@ -35,7 +39,11 @@ def seal(run: Path, stem: Stem, disk: Disk) -> int:
         return 0
     try:
         segment = read_columns(stream)
-    except RunCorruptError:
+        if (found := 0 if segment is None else len(segment.step)) < rows:
+            raise OSError(f"{found} of {rows} steps could be read from {stream.name}")
+    except RunCorruptError as error:
+        if rows:
+            raise OSError(f"{stream.name} could not be read") from error
         if stream.stat().st_size:
             disk.rename(stream, stream.with_name(stream.name + DAMAGED_SUFFIX))
         else:

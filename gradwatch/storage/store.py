@@ -29,6 +29,8 @@ from gradwatch.storage.sealing import seal
 
 #: An open segment is sealed when it holds this many bytes or rows, or is this old (seconds).
 SEAL_BYTES, SEAL_ROWS, SEAL_SECONDS = 8 << 20, 1 << 16, 3600.0
+#: How often sealing waits for steps that were written and cannot be read back.
+READ_TRIES = 5
 
 
 class Store:
@@ -70,6 +72,9 @@ class Store:
         self._open: OpenSegment | None = None
         self._events: AppendFile | None = None
         self._facts_lock = threading.Lock()
+        #: Steps in the streams of this process that are ended, and how often their sealing was tried.
+        self._rows: dict[Stem, int] = {}
+        self._tries: dict[Stem, int] = {}
         exists = holds_run(path)
         if exists and not overwrite and resume is False:
             message = f"there is a run at {path} already: say resume=True to go on with it, or overwrite=True"
@@ -199,6 +204,7 @@ class Store:
         if self._open is not None:
             segment = self._open
             segment.close()
+            self._rows[segment.stem] = segment.rows
             self._ended.append(segment.stem)
             self._open = None
 
@@ -210,7 +216,13 @@ class Store:
     def seal(self) -> None:
         """Turn the streams that are ended into Parquet, with rollups."""
         while self._ended:
-            self.bytes_sealed += seal(self.path, self._ended[0], self.disk)
+            stem = self._ended[0]
+            self._tries[stem] = self._tries.get(stem, 0) + 1
+            # What cannot be read again and again is lost: sealed without it, the rest goes on.
+            rows = self._rows.get(stem, 0) if self._tries[stem] <= READ_TRIES else 0
+            self.bytes_sealed += seal(self.path, stem, self.disk, rows=rows)
+            for known in (self._rows, self._tries):
+                known.pop(stem, None)
             self._ended.popleft()
 
     # -- the end -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from benchmarks.faultwork.play import MARK, Played
 from benchmarks.faultwork.sites import Site
 
 #: Injections for each kind of fault: a play takes about a tenth of a second.
-MOST = 6
+MOST = 4
 
 
 @pytest.fixture(scope="module")
