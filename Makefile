@@ -51,10 +51,11 @@ test-cuda: $(READY) ## Where there is a GPU: run the tests that need one, then m
 notebooks: $(READY) ## Run the notebooks, with fewer steps than for a reader
 	GRADWATCH_QUICK=1 $(BIN)/python -m pytest --nbmake notebooks --timeout=600 -n $(WORKERS)
 
-lint: $(READY) ## Check format, lint rules, types and sizes
+lint: $(READY) ## Check format, lint rules, types, security and sizes
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive gradwatch --configfile pyproject.toml
 	$(BIN)/python tests/sizes.py
 
 format: $(READY) ## Format the code and mend what the linter can mend

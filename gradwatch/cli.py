@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else BAD_INPUT if end.code else OK
     except GradwatchError as error:
-        typer.echo(f"gradwatch: {error}", err=True)
+        from gradwatch.reporters.words import visible
+
+        typer.echo("\n".join(map(visible, f"gradwatch: {error}".splitlines())), err=True)
         return BAD_INPUT
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -113,18 +115,21 @@ def plot(
     suffix: Annotated[str, typer.Option("--type", help="File type: png, svg or pdf.")] = "png",
 ) -> None:
     """Write figures of a run as files: heatmap, timeline, depth_profile, distribution, update_ratio, saturation."""
+    from gradwatch.reporters.output import write_figure
+
     known = ("heatmap", "timeline", "depth_profile", "distribution", "update_ratio", "saturation")
     if suffix not in ("png", "svg", "pdf"):
         raise UnknownNameError.among("file type", suffix, ("png", "svg", "pdf"))
     opened = _open(run)
     folder = out if out is not None else run / "plots"
+    if out is None and folder.is_symlink():
+        raise ConfigurationError(f"{folder} is a symbolic link, which gradwatch does not follow: say --out")
     for kind in kinds or known:
         if kind not in known:
             raise UnknownNameError.among("figure", kind, known)
         with _busy(f"Drawing {kind}"):
             figure = getattr(opened.plot, kind)(theme=theme)
-            path = _writable(folder) / f"{kind}.{suffix}"
-            figure.savefig(path, dpi=dpi, facecolor=figure.get_facecolor())
+            path = write_figure(figure, folder / f"{kind}.{suffix}", dpi=dpi)
         typer.echo(path)
 
 
@@ -344,14 +349,6 @@ def _open(path: Path) -> Run:
     from gradwatch.run import load
 
     return load(path)
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write to {str(folder)!r}: {error.strerror}") from error
-    return folder
 
 
 def _busy(words: str) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gradwatch.errors import StopTraining
+from gradwatch.redaction import without_credentials
 
 logger = logging.getLogger("gradwatch")
 T = TypeVar("T")
@@ -85,7 +86,7 @@ class Faults:
         with self._lock:
             first = part not in self.counts
             self.counts[part] = self.counts.get(part, 0) + 1
-            self.messages.setdefault(part, f"{type(error).__name__}: {error}")
+            self.messages.setdefault(part, without_credentials(f"{type(error).__name__}: {error}"))
         if first:
             logger.error(
                 "gradwatch: '%s' failed and is switched off; training goes on",

@@ -25,6 +25,7 @@ from gradwatch.records import (
     RunInfo,
     StepBatch,
 )
+from gradwatch.redaction import without_credentials
 from gradwatch.storage import frames
 from gradwatch.storage.catalog import Catalog
 from gradwatch.storage.events import EventLog
@@ -49,7 +50,7 @@ class RunReader:
         path: The run directory, or a URL that pyarrow or fsspec can read (`s3://`, `gs://`, `memory://`).
 
     Attributes:
-        path: The same, as a path.
+        path: The same, as a path; without the credentials of a URL.
 
     Raises:
         RunNotFoundError: When there is no run.
@@ -69,8 +70,8 @@ class RunReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._where = os.fspath(path)
+        self._where = without_credentials(os.fspath(path))
+        self.path = Path(self._where)
         self._files = files_at(path)
         names = self._files.listing("")
         if RUN_FILE not in names and not self._files.listing(STEPS):

@@ -16,6 +16,7 @@ from gradwatch.alerts.channel import Channel
 from gradwatch.errors import ConfigurationError, RunError
 from gradwatch.records import Finding, RunInfo
 from gradwatch.storage.facts import decode_facts
+from gradwatch.storage.files import LocalFiles
 from gradwatch.storage.layout import EVENTS_FILE, LOCK_FILE, RUN_FILE, STEPS
 from gradwatch.storage.lock import is_locked
 
@@ -93,9 +94,9 @@ class RunWatch:
     def _read(self) -> RunInfo | None:
         """The facts of the run; those from before while the file cannot be read."""
         try:
-            stamp = (self._path / RUN_FILE).stat().st_mtime_ns
+            stamp = (self._path / RUN_FILE).lstat().st_mtime_ns
             if stamp != self._stamp:
-                self._info = decode_facts((self._path / RUN_FILE).read_bytes(), str(self._path)).info
+                self._info = decode_facts(LocalFiles(self._path).read(RUN_FILE), str(self._path)).info
                 self._stamp = stamp
         except (OSError, RunError) as error:
             logger.debug("gradwatch: cannot read %s", self._path, exc_info=error)

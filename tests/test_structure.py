@@ -17,7 +17,7 @@ from tests import sizes
 #: A file imports only from rows above its own, and from its own folder. A folder stands for all its files, except for
 #: those with a row of their own.
 ROWS = (
-    ("errors", "json_types"),
+    ("errors", "json_types", "redaction"),
     ("records", "faults"),
     ("actions.base", "detectors.base", "remedies", "rows", "probes", "provenance", "storage"),
     ("diagnosis",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
+import subprocess  # programs, never a shell  # nosec B404
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +19,8 @@ class Command(Channel):
 
     The environment holds `GRADWATCH_TITLE`, `GRADWATCH_TEXT`, `GRADWATCH_SEVERITY`, `GRADWATCH_RESOLVED` (0 or 1),
     `GRADWATCH_RUN`, `GRADWATCH_RUN_DIR`, `GRADWATCH_STEP`. No shell is involved. `{title}` and `{text}` in an argument
-    are replaced. An exit status other than 0 counts as a failure.
+    are replaced; in a script for a shell write `"$GRADWATCH_TEXT"` instead, since a message holds names that others
+    chose. An exit status other than 0 counts as a failure.
 
     Args:
         arguments: The program and its arguments.
@@ -48,8 +49,8 @@ class Command(Channel):
         return tuple(self._arguments[1:])
 
     def send(self, message: Message) -> None:
-        filled = [a.replace("{title}", message.title).replace("{text}", message.text) for a in self._arguments]
-        process = subprocess.Popen(  # noqa: S603 -- the user's own program
+        filled = [_filled(argument, message) for argument in self._arguments]
+        process = subprocess.Popen(  # noqa: S603 -- the user's own program  # nosec B603
             filled,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -69,6 +70,12 @@ class Command(Channel):
 
     def __repr__(self) -> str:
         return f"Command({self._arguments[0]!r})"
+
+
+def _filled(argument: str, message: Message) -> str:
+    filled = argument.replace("{title}", message.title).replace("{text}", message.text)
+    # A run may be named like an option: a space keeps what it fills in a text.
+    return " " + filled if filled.startswith("-") and argument.startswith("{") else filled
 
 
 def _facts(message: Message) -> dict[str, str]:

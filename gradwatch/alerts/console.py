@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gradwatch.alerts.channel import Channel
-from gradwatch.alerts.message import Group, Message
+from gradwatch.alerts.message import Group, Message, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -64,7 +64,7 @@ def rendered(message: Message, *, colour: bool, width: int = 100) -> str:
     )  # fmt: skip
     style = "green" if message.is_resolved else _COLOURS[message.severity]
     body = Text("\n").join(_paragraph(group) for group in message.groups)
-    footer = f"{message.run_dir or message.run}  step {message.step}"
+    footer = f"{visible(message.run_dir or message.run)}  step {message.step}"
     frame = box.ROUNDED if colour else box.ASCII
     terminal.print(
         Panel(body, title=Text(message.title, f"bold {style}"), title_align="left", subtitle=Text(footer, "dim"),

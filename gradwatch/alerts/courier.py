@@ -15,6 +15,7 @@ from gradwatch.alerts.plot import NormPlot
 from gradwatch.alerts.routing import Routing
 from gradwatch.alerts.stall import StallWatch
 from gradwatch.records import Finding, StepBatch
+from gradwatch.redaction import redacted
 
 logger = logging.getLogger("gradwatch")
 #: Seconds until the first and the longest until the next try after a delivery failed.
@@ -194,15 +195,3 @@ class Courier:
             self._note("alert", event)
         except Exception as error:
             logger.debug("gradwatch: alert not recorded", exc_info=error)
-
-
-def redacted(text: str, secrets: tuple[str, ...]) -> str:
-    """The text without the secrets.
-
-    Examples:
-        >>> redacted("401 for https://x/?token=abc", ("abc",))
-        '401 for https://x/?token=***'
-    """
-    for secret in sorted(filter(None, secrets), key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return text

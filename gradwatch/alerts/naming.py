@@ -13,12 +13,12 @@ from gradwatch.alerts.apprise import Apprise
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.command import Command
 from gradwatch.alerts.console import Console
-from gradwatch.alerts.courier import redacted
 from gradwatch.alerts.function import Call
 from gradwatch.alerts.log import Log
 from gradwatch.alerts.message import test_message
 from gradwatch.alerts.webhook import Webhook
 from gradwatch.errors import ConfigurationError
+from gradwatch.redaction import redacted
 
 #: Addresses of channels, separated by white space, and the key of webhooks.
 CHANNELS_VARIABLE, SECRET_VARIABLE = "GRADWATCH_ALERTS", "GRADWATCH_WEBHOOK_SECRET"

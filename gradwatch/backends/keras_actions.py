@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class KerasActions:
         listed: list[Any] = list(actions)
         self._rollback = next((action for action in listed if action.name == "Rollback"), None)
         on_disk = self._rollback is not None and self._rollback.where == "disk"
-        self._folder = run_dir / "snapshots" if on_disk else None
+        self._directory = run_dir if on_disk else None
+        self._folder: Path | None = None
         self._ring: deque[_Snapshot] = deque(maxlen=self._rollback.keep if self._rollback else 1)
         if any(action.name == "Restructure" for action in actions):
             raise ConfigurationError("'Restructure' changes PyTorch models only, not Keras models")
@@ -80,10 +82,11 @@ class KerasActions:
         found = [values.read(variable) for variable in values.everything()]
         if len(self._ring) == self._ring.maxlen:
             _delete(self._ring.popleft())
-        if self._folder is None:
+        if self._directory is None:
             self._ring.append(_Snapshot(step, found))
             return
-        self._folder.mkdir(exist_ok=True)
+        if self._folder is None:  # only its owner may read the weights in it
+            self._folder = Path(tempfile.mkdtemp(prefix="snapshots-", dir=self._directory))
         np.savez(self._folder / f"{step}.npz", *found)
         self._ring.append(_Snapshot(step, self._folder / f"{step}.npz"))
 

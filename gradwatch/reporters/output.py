@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 from gradwatch.errors import ConfigurationError, UnknownNameError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from gradwatch.reader import RunReader
 
 FORMATS = ("html", "md", "json")
@@ -48,7 +51,19 @@ def write_report(run: RunReader, path: str | os.PathLike[str] | None = None, for
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write the file so that a reader never sees half of it.
+    """Write the file so that a reader never sees half of it; see `write_bytes`."""
+    return write_bytes(path, text.encode())
+
+
+def write_figure(figure: Figure, path: Path, *, dpi: int) -> Path:
+    """Write a figure in the format that the path ends in; see `write_bytes`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=dpi, facecolor=figure.get_facecolor())
+    return write_bytes(path, buffer.getvalue())
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    """Write the file so that a reader never sees half of it, and a link that lies there is replaced, not followed.
 
     Raises:
         ConfigurationError: Nothing can be written there.
@@ -57,7 +72,9 @@ def write_text(path: Path, text: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:
+                file.write(data)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import ActionRecord, Finding, RunInfo, StepBatch
+from gradwatch.redaction import without_credentials
 from gradwatch.sinks.rows import Row, Table
 
 logger = logging.getLogger("gradwatch")
@@ -202,7 +203,8 @@ class Sink(ABC):
             self._failures = MOST_FAILURES if fatal else self._failures + 1
             if fatal or self._failures in (1, MOST_FAILURES):
                 off = " and is switched off" if self._failures >= MOST_FAILURES else ""
-                logger.warning("gradwatch: %r failed%s (%s: %s)", self, off, type(error).__name__, error)
+                words = without_credentials(f"{type(error).__name__}: {error}")
+                logger.warning("gradwatch: %r failed%s (%s)", self, off, words)
             return False
         self._failures = 0
         return True

@@ -9,7 +9,8 @@ from typing import Any
 
 from gradwatch.storage.layout import TEMPORARY_SUFFIX
 
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+#: A link is not followed, and a named pipe in the place of a file is not waited for.
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
@@ -17,8 +18,8 @@ class Disk:
     """Appends to files and replaces files as a whole."""
 
     def open(self, path: Path) -> int:
-        """Open for `append`, creating the file if missing; a symbolic link is refused."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW | _BINARY, 0o644)
+        """Open for `append`, creating the file if missing; OSError for a symbolic link or a named pipe."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW | _BINARY, 0o644)
 
     def append(self, file: int, data: bytes) -> None:
         """Append all of `data`, or raise OSError; then part of it may be there."""
@@ -41,7 +42,8 @@ class Disk:
         """
         temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
         try:
-            with temporary.open("wb") as file:
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as file:  # never through a link that lies there
                 file.write(memoryview(data))
                 file.flush()
                 os.fsync(file.fileno())

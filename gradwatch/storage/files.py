@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from gradwatch.errors import MissingDependencyError, RunFormatError, RunNotFoundError
+from gradwatch.redaction import without_credentials
 from gradwatch.storage.layout import LOCK_FILE
 from gradwatch.storage.lock import is_locked
 
@@ -80,6 +81,8 @@ class LocalFiles(Files):
         place = self.root / path
         if not stat.S_ISREG(place.lstat().st_mode):
             raise RunFormatError(f"{place} is not a plain file")
+        if place.parent != self.root and place.parent.is_symlink():
+            raise RunFormatError(f"{place.parent} is a symbolic link, which gradwatch does not follow")
         return place
 
 
@@ -115,19 +118,20 @@ class RemoteFiles(Files):
 def _file_system(url: str) -> tuple[Any, str]:
     from pyarrow import fs
 
+    shown = without_credentials(url)
     try:
         system, root = fs.FileSystem.from_uri(url)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         try:
             import fsspec
         except ImportError as error:
-            raise MissingDependencyError(f"'fsspec' is needed to read {url}: pip install fsspec") from error
+            raise MissingDependencyError(f"'fsspec' is needed to read {shown}: pip install fsspec") from error
         try:
             remote, root = fsspec.core.url_to_fs(url)
         except ValueError as error:
-            raise RunNotFoundError(f"{url}: {error}") from error
+            raise RunNotFoundError(without_credentials(f"{url}: {error}")) from error
         except ImportError as error:
-            raise MissingDependencyError(f"{url}: {error}") from error
+            raise MissingDependencyError(f"{shown}: {error}") from error
         system = fs.PyFileSystem(fs.FSSpecHandler(remote))
     return system, root.rstrip("/")
 

@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 
 from gradwatch.errors import RunLockedError
+from gradwatch.storage.disk import NO_FOLLOW
 
 if sys.platform == "win32":
     import msvcrt
@@ -21,6 +22,8 @@ else:
 
 #: How often and how long a writer tries: a reader that looks whether the lock is free holds it for an instant.
 _ATTEMPTS, _PAUSE = 10, 0.02
+#: Bytes of the lock file that are looked at.
+_LONGEST = 4096
 _BUSY = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
 
 
@@ -37,7 +40,7 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o644)
         for attempt in range(_ATTEMPTS):
             if _try_lock(self._file, shared=False):
                 break
@@ -81,7 +84,8 @@ if hasattr(os, "register_at_fork"):
 def describe_holder(path: Path) -> str:
     """Who wrote the lock file last, in words."""
     try:
-        holder = json.loads(path.read_text())
+        with os.fdopen(os.open(path, os.O_RDONLY | NO_FOLLOW), "rb") as file:
+            holder = json.loads(file.read(_LONGEST))
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
@@ -90,7 +94,7 @@ def describe_holder(path: Path) -> str:
 def is_locked(path: Path) -> bool | None:
     """Whether a live writer holds the lock; None when that cannot be told (no lock file, no locks on this system)."""
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        file = os.open(path, os.O_RDONLY | NO_FOLLOW)
     except OSError:
         return None
     try:
