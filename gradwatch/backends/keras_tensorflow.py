@@ -331,6 +331,9 @@ class _Updates:
         self._sizes = [math.prod(variable.shape) for variable in variables]
         self.copy = tf.function(self._copy, autograph=False)
         self.norms = tf.function(self._norms, autograph=False)
+        for graph in (self.copy, self.norms):
+            # Each is traced once; TensorFlow counts those of several models as one that is traced again and again.
+            graph._omit_frequent_tracing_warning = True
 
     def _flat(self) -> list[Tensor]:
         return [tf.reshape(tf.cast(variable, tf.float32), [-1]) for variable in self._variables]

@@ -296,13 +296,15 @@ class TorchWatcher(Watcher):
         Tensors on an accelerator are copied there; nobody waits for them.
         """
         self._require_open()
-        checked = {name: logged_number(name, value) for name, value in numbers.items()}
+        self.safely(self._log, {name: logged_number(name, value) for name, value in numbers.items()})
+
+    def _log(self, numbers: dict[str, Any]) -> None:
         if self._is_first_row and self._uses is None:
             self.faults.call("graph", self._read_graph, numbers.get("loss"), default=None)
         is_ahead = self._backward_since_step and not self._steps
         running = self._running_closure
         self._logbook.add(
-            checked,
+            numbers,
             is_first=self._row is None and self._is_first_row,
             is_ahead=is_ahead,
             is_repeated=running is not None and running.evaluations > 1,
