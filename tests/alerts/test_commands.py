@@ -47,10 +47,13 @@ def test_the_watchdog_command_tells_of_a_killed_training_and_ends_when_interrupt
         wait_until(has_steps(tmp_path / "mnist"))
         command = [sys.executable, "-m", "gradwatch", "watchdog", str(tmp_path), "--every", "0.2"]
         with subprocess.Popen(command, env=os.environ | {"GRADWATCH_ALERTS": address(server)}) as watchdog:
-            process.kill()
-            wait_until(lambda: server.messages, seconds=40)
-            watchdog.send_signal(signal.SIGINT)
-            assert watchdog.wait(20) == 130
+            try:
+                process.kill()
+                wait_until(lambda: server.messages, seconds=40)
+                watchdog.send_signal(signal.SIGINT)
+                assert watchdog.wait(20) == 130
+            finally:
+                watchdog.kill()
 
         assert server.messages[0]["groups"][0]["run"] == "mnist"
         assert server.messages[0]["groups"][0]["rule"] == "died"
