@@ -273,6 +273,23 @@ def test_a_run_behind_a_url_reads_the_same(run: RunReader) -> None:
 
 
 @pytest.mark.needs("remote")
+def test_a_run_behind_a_url_that_is_still_written_reads_as_far_as_it_goes(run_dir: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    target = store_at(run_dir)
+    target.append(batch_of(range(10)))
+    memory.put(str(run_dir), "/open/run", recursive=True)
+
+    far = RunReader("memory://open/run")
+
+    assert far.info.status == "running"
+    assert len(far.grad_norms()) == 10
+    memory.rm("/open", recursive=True)
+    target.release()
+
+
+@pytest.mark.needs("remote")
 def test_nothing_behind_a_url_is_not_found() -> None:
     with pytest.raises(RunNotFoundError, match="memory://nowhere does not exist"):
         RunReader("memory://nowhere")

@@ -32,6 +32,22 @@ def test_a_plain_loop(run_dir: Path) -> None:
     assert record.stages == [0] * 20
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_worker_processes_that_load_batches_add_nothing(run_dir: Path, method: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.utils.data.DataLoader(list(data(6)), batch_size=None, num_workers=1, multiprocessing_context=method)
+    with watch_torch(model, optimizer, run_dir=run_dir):
+        for x, y in batches:
+            optimizer.zero_grad()
+            mse(model, x, y).backward()
+            optimizer.step()
+    run = RunReader(run_dir)
+    assert run.grad_norms().index.tolist() == list(range(6))
+    assert run.info.status == "finished"
+
+
 def test_accumulation_gives_one_row_per_step_with_the_accumulated_gradient(run_dir: Path) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
