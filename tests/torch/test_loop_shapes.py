@@ -37,7 +37,8 @@ def test_a_plain_loop(run_dir: Path) -> None:
 def test_worker_processes_that_load_batches_add_nothing(run_dir: Path, method: str) -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batches = torch.utils.data.DataLoader(list(data(6)), batch_size=None, num_workers=1, multiprocessing_context=method)
+    loading: dict[str, Any] = {"batch_size": None, "num_workers": 1, "multiprocessing_context": method}
+    batches: Any = torch.utils.data.DataLoader(list(data(6)), **loading)  # type: ignore[arg-type]  # a list is a dataset
     with watch_torch(model, optimizer, run_dir=run_dir):
         for x, y in batches:
             optimizer.zero_grad()
