@@ -296,11 +296,12 @@ class TorchWatcher(Watcher):
         Tensors on an accelerator are copied there; nobody waits for them.
         """
         self._require_open()
-        self.safely(self._log, {name: logged_number(name, value) for name, value in numbers.items()})
+        checked = {name: logged_number(name, value) for name, value in numbers.items()}
+        self.safely(self._log, checked, numbers.get("loss"))
 
-    def _log(self, numbers: dict[str, Any]) -> None:
+    def _log(self, numbers: dict[str, Any], loss: Any) -> None:
         if self._is_first_row and self._uses is None:
-            self.faults.call("graph", self._read_graph, numbers.get("loss"), default=None)
+            self.faults.call("graph", self._read_graph, loss, default=None)
         is_ahead = self._backward_since_step and not self._steps
         running = self._running_closure
         self._logbook.add(
