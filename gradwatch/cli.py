@@ -6,9 +6,7 @@ Exit codes: 0 all well; 1 `check` found something; 2 bad input, or a run that ca
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -288,12 +286,7 @@ def watchdog(
     """Tell people when a training dies, freezes or stands still, until interrupted."""
     from gradwatch.watchdog import Limits, watch_root
 
-    # An exception in the middle of a look can be lost, in a callback of a library say; an event cannot. It is set by a
-    # thread, as the handler may run while this thread holds the lock of the event.
-    stop = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: threading.Thread(target=stop.set).start())
-    watch_root(root, _channels(to), every=every, limits=Limits(silence=silence), stop=stop)
-    raise typer.Exit(INTERRUPTED)
+    watch_root(root, _channels(to), every=every, limits=Limits(silence=silence))
 
 
 @app.command(name="alert-test")

@@ -23,6 +23,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+from benchmarks.faultwork.descriptors import open_files
+
 pytest_plugins = ("tests.extras",)
 
 #: What GRADWATCH_TEST_FRAMEWORKS may name, and the package that must then be there.
@@ -126,27 +128,12 @@ def _new_threads(before: set[threading.Thread]) -> list[threading.Thread]:
 
 
 def _open_files(folder: Path) -> list[str]:
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.exists():
-        return []
-    found = _descriptors_under(folder, descriptors)
+    found = open_files(folder)
     if found:
         # A file object in a reference cycle is garbage, not a leak; only the second look counts.
         gc.collect()
-        found = _descriptors_under(folder, descriptors)
+        found = open_files(folder)
     return found
-
-
-def _descriptors_under(folder: Path, descriptors: Path) -> list[str]:
-    paths = []
-    for link in descriptors.iterdir():
-        try:
-            path = str(link.readlink())
-        except OSError:  # the descriptor of this very listing
-            continue
-        if path.startswith(f"{folder}/"):
-            paths.append(path)
-    return paths
 
 
 def wrapped_functions() -> list[str]:

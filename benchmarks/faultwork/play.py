@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import gradwatch as gw
+from benchmarks.faultwork.descriptors import open_files
 from benchmarks.faultwork.scenes import BAD_BATCH, SCENES, STEPS, Heard, Mirror, Scene, own_rule
 from benchmarks.faultwork.sites import Moment
 from gradwatch.backends import torch_taps
@@ -213,7 +214,7 @@ class Traces:
         while (threads := set(threading.enumerate()) - self.threads) and time.monotonic() < deadline:
             time.sleep(0.005)
         found = [f"thread {thread.name}" for thread in threads]
-        found += [f"open file {Path(name).name}" for name in _open_files(run_dir)]
+        found += [f"open file {Path(name).name}" for name in open_files(run_dir)]
         if torch_taps._listeners or torch_taps._originals:  # noqa: SLF001
             found.append("taps")
             while torch_taps._listeners:  # noqa: SLF001 -- or every later play would find them
@@ -227,15 +228,3 @@ class Traces:
         if watcher is not None and watcher() is not None:
             found.append("the watcher itself")
         return found
-
-
-def _open_files(folder: Path) -> list[str]:
-    found = []
-    for link in Path("/proc/self/fd").iterdir():
-        try:
-            path = str(link.readlink())
-        except OSError:  # the descriptor of this very listing
-            continue
-        if path.startswith(f"{folder}/"):
-            found.append(path)
-    return found

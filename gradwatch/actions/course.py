@@ -20,8 +20,6 @@ WINDOW = 60
 FALL = 0.05
 #: ... and so does a loss that is below this share of the first one: bad weights begin above a constant's loss.
 WELL_BELOW = 0.5
-
-
 #: A loss that grows by more than this in one step leaps.
 LEAP = 3.0
 

@@ -15,8 +15,6 @@ SHAPES = {
     "exponential": lambda start, share: start ** (1.0 - share),
     "cosine": lambda start, share: start + (1.0 - start) * (1.0 - math.cos(math.pi * share)) / 2.0,
 }
-
-
 #: The way back ends when the loss has risen by this share of what it had fallen.
 LOST = 0.1
 
@@ -27,8 +25,8 @@ class DecayLR(BetweenStepsAction):
     The factor is gradwatch's own, around the optimizer's step: the scheduler never sees it, and `close()` undoes it.
 
     Args:
-        factor: Multiply gradwatch's factor by this each time; between 0 and 1. By less where updates are so large
-            that it takes less to make them 1 % of the weights.
+        factor: Multiply gradwatch's factor by this each time; between 0 and 1. A smaller one takes its place
+            where updates are so large that only that brings them down to 1 % of the weights.
         min_factor: The factor never falls below this.
         recover: Steps of the way back to the full rate; None stays down.
         hold: Steps without any finding before the way back begins. A relapse ends it, and so does a loss that rises by

@@ -85,9 +85,7 @@ class BackwardEnd:
                 end = reference()
                 if end is None:
                     return
-                task = _task_id()
-                if task not in end._running:
-                    end._begin(task)
+                end.begin()
                 end._arrivals.append(place)
             except Exception as error:  # noqa: BLE001 -- nothing of ours may break the pass
                 if end is not None:

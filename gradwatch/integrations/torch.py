@@ -383,7 +383,7 @@ class TorchWatcher(Watcher):
 
     def _endings(self, status: str) -> list[Callable[[], object]]:
         if not self._is_set_up:
-            return [getattr(self, name).remove for name in ("_backward",) if hasattr(self, name)]
+            return [self._backward.remove] if hasattr(self, "_backward") else []
         last_row = partial(self.faults.call, "torch hooks", self._close_open_row, is_last=True, default=None)
         parts: list[Callable[[], object]] = [self._detach, self._between.close, self._backward.remove]
         parts += [self._activations.disarm, self._undo_all, last_row, self.pending.clear]

@@ -43,6 +43,7 @@ def test_without_a_channel_both_say_how_to_name_one(
 
 
 def test_the_watchdog_command_tells_of_a_killed_training_and_ends_when_interrupted(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script that tests in the background ignores it
     with receiver() as server, training(tmp_path / "mnist") as process:
         wait_until(has_steps(tmp_path / "mnist"))
         command = [sys.executable, "-m", "gradwatch", "watchdog", str(tmp_path), "--every", "0.2"]

@@ -77,6 +77,13 @@ def was_decayed(run_dir: Path, rate: float) -> bool:
     return run.action_list()[0].action == "DecayLR" and bool(metrics["lr_factor"].min() <= 0.5)
 
 
+def assert_clipped_to(run_dir: Path, max_norm: float) -> None:
+    """The recorded coefficients are those by which `clip_grad_norm_` comes to this norm."""
+    metrics = gw.load(run_dir).metrics()
+    coefficients = np.minimum(max_norm / metrics["global_norm"], 1.0)
+    np.testing.assert_allclose(metrics["clip_coefficient"], coefficients, rtol=1e-5)
+
+
 def skipped(run_dir: Path) -> list[int]:
     """The steps that were skipped."""
     metrics = gw.load(run_dir).metrics()

@@ -14,10 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.actions import AGC, Action, AutoClip, Clip, SkipStep, ZClip
 from gradwatch.actions.base import InStepAction
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_watch import watch_torch
 from gradwatch.records import NOT_MEASURED, ActionRecord, Finding, StepBatch
+
+#: Sets of actions that work within the step, each of which must leave it without a wait.
+IN_STEP: list[list[Action]] = [
+    [],
+    [Clip(max_norm=0.05)],
+    [Clip(per_layer=0.05), Clip(value=0.01)],
+    [ZClip()],
+    [AutoClip()],
+    [AGC()],
+    [SkipStep(), Clip(max_norm=0.05)],
+]
 
 
 class Recorder:

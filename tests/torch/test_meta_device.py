@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from gradwatch.actions import AGC, AutoClip, Clip, SkipStep, ZClip
 from gradwatch.backends.shares import Holding, Union, describe_rank
 from gradwatch.backends.torch_device import Transfer
 from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_partial import Sums
 from gradwatch.integrations.torch_total import Total
 from gradwatch.records import Parameter
-from tests.torch.loops import watching
+from tests.torch.loops import IN_STEP, watching
 
 
 class ToldOnDevice(Optimizer):
@@ -48,19 +47,7 @@ def nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_arrives")
-@pytest.mark.parametrize(
-    "actions",
-    [
-        [],
-        [Clip(max_norm=0.05)],
-        [Clip(per_layer=0.05), Clip(value=0.01)],
-        [ZClip()],
-        [AutoClip()],
-        [AGC()],
-        [SkipStep(), Clip(max_norm=0.05)],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("actions", IN_STEP, ids=str)
 def test_no_number_is_read_and_no_device_is_mixed(run_dir: Path, actions: list[Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to("meta")
     # One that is not fused has to be waited for where steps may be skipped; the documentation says so.
