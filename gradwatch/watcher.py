@@ -320,15 +320,18 @@ class Watcher:
             return
         self._closed = True
         try:
-            parts = self._endings(status)
-            if os.getpid() == self._pid:
-                parts += [partial(self.faults.call, "check", self._check, default=None)]
-                parts += [partial(self.monitor.close, status, detail, self.overhead)]
-                parts += [partial(atexit.unregister, self._exit)]
-            self.faults.let_go("close", *parts)
+            self.faults.let_go("close", partial(self._end, status, detail))
         except BaseException:
             self._closed = False  # interrupted: it can be closed again
             raise
+
+    def _end(self, status: str, detail: str) -> None:
+        parts = self._endings(status)
+        if os.getpid() == self._pid:
+            parts += [partial(self.faults.call, "check", self._check, default=None)]
+            parts += [partial(self.monitor.close, status, detail, self.overhead)]
+            parts += [partial(atexit.unregister, self._exit)]
+        self.faults.let_go("close", *parts)
 
     def _endings(self, status: str) -> list[Callable[[], object]]:
         """What is let go of before the record ends, each callable twice."""

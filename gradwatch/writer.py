@@ -94,14 +94,17 @@ class RunWriter:
         self.next_step = store.next_step
         # Woken at half of what may be lost, the thread has the time of as many steps for the flush itself.
         self._flush_at = max(1, flush_every // 2)
+        self._bytes_written = self._dropped_steps = self._failures = 0
         self._recorder: Recorder | None = None
         try:
             self._recorder = Recorder(store, flush_seconds)
+            self._finalizer = weakref.finalize(self, _abandon, self._recorder, self._pid)
         except BaseException:
-            store.release()
+            if self._recorder is not None:
+                self._recorder.close("crashed", "could not begin")
+            else:
+                store.release()
             raise
-        self._bytes_written = self._dropped_steps = self._failures = 0
-        self._finalizer = weakref.finalize(self, _abandon, self._recorder, self._pid)
 
     def write(self, batch: StepBatch) -> None:
         """Hand over steps, in a few microseconds; the arrays belong to the writer from now on.

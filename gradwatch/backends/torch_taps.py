@@ -79,14 +79,6 @@ def _failed(error: Exception) -> None:
         listener.failed(error)
 
 
-def _tell_changed() -> None:
-    try:
-        for listener in tuple(_listeners):
-            listener.after_change()
-    except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
-        _failed(error)
-
-
 def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
     def clip_grads_with_norm_(
         parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
@@ -98,7 +90,11 @@ def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:  # noqa: BLE001 -- nothing of ours may break the clipping
             _failed(error)
         result = original(held, max_norm, total_norm, foreach)
-        _tell_changed()
+        try:
+            for listener in tuple(_listeners):
+                listener.after_change()
+        except Exception as error:  # noqa: BLE001 -- as above
+            _failed(error)
         return result
 
     return clip_grads_with_norm_
@@ -114,7 +110,11 @@ def _unscale_tap(original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
             _failed(error)
         result = original(self, optimizer)
-        _tell_changed()
+        try:
+            for listener in tuple(_listeners):
+                listener.after_change()
+        except Exception as error:  # noqa: BLE001 -- as above
+            _failed(error)
         return result
 
     return unscale_
