@@ -85,7 +85,9 @@ class BackwardEnd:
                 end = reference()
                 if end is None:
                     return
-                end.begin()
+                task = _task_id()
+                if task not in end._running:  # as `begin`, without the call: this runs in every step
+                    end._begin(task)
                 end._arrivals.append(place)
             except Exception as error:  # noqa: BLE001 -- nothing of ours may break the pass
                 if end is not None:
