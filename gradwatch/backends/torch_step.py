@@ -23,10 +23,12 @@ def scale_gradients(parameters: Sequence[nn.Parameter], scale: Any) -> None:
         parameters: Whose gradients; those without are passed over.
         scale: A number, a scalar tensor, or numbers of shape (number of parameters,).
     """
+    is_one = np.ndim(scale) == 0
+    if is_one and not isinstance(scale, Tensor) and float(scale) == 1.0:
+        return
     grads = local([parameter.grad for parameter in parameters])
-    if np.ndim(scale) == 0:
-        if isinstance(scale, Tensor) or float(scale) != 1.0:
-            _multiply([grad for grad in grads if grad is not None], scale)
+    if is_one:
+        _multiply([grad for grad in grads if grad is not None], scale)
         return
     factors = scale.unbind() if isinstance(scale, Tensor) else [float(factor) for factor in scale]
     touched = [
