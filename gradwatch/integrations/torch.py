@@ -297,7 +297,7 @@ class TorchWatcher(Watcher):
         """
         self._require_open()
         checked = {name: logged_number(name, value) for name, value in numbers.items()}
-        self.safely(self._log, checked, numbers.get("loss"))
+        self.faults.call("log", self._log, checked, numbers.get("loss"), default=None)
 
     def _log(self, numbers: dict[str, Any], loss: Any) -> None:
         if self._is_first_row and self._uses is None:
