@@ -55,6 +55,7 @@ lint: $(READY) ## Check format, lint rules, types, security and sizes
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 	$(BIN)/bandit --quiet --recursive gradwatch --configfile pyproject.toml
 	$(BIN)/python tests/sizes.py
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gradwatch.errors import ConfigurationError
 from gradwatch.records import METRICS, MODULE_STATISTICS, NOT_MEASURED, Floats, Parameter, Samples, StepBatch
 
 _BLANK = frozenset(METRICS)
@@ -154,3 +157,12 @@ def global_norm(norms: Floats) -> float:
         5.0
     """
     return float(global_norms(np.asarray(norms)[np.newaxis])[0])
+
+
+def number(name: str, value: Any) -> float:
+    """A logged value as a float; minus infinity, which stands for "not measured", becomes NaN."""
+    try:
+        number = float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError):
+        raise ConfigurationError.of(name, "a number or a scalar tensor", value) from None
+    return math.nan if number == NOT_MEASURED else number

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from gradwatch.actions.base import Action
-from gradwatch.detectors.base import Detector
+from gradwatch.detectors.engine import Chosen
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.monitor import Listener
-from gradwatch.records import Finding, Parameter, StepBatch
+from gradwatch.records import Parameter
+
+if TYPE_CHECKING:
+    from gradwatch.alerts import Channel, Message
 
 
 class Told(Protocol):
@@ -53,7 +56,7 @@ class Settings:
     """
 
     run_dir: str | os.PathLike[str] | None = None
-    detectors: str | Sequence[str | Detector | Callable[[StepBatch], Iterable[Finding]]] = "default"
+    detectors: str | Sequence[Chosen] = "default"
     actions: str | Sequence[Action] = ()
     alerts: Sequence[Any] = ()
     sinks: Sequence[Listener] = ()
@@ -90,7 +93,41 @@ class Settings:
             raise ConfigurationError("'resume' and 'overwrite' exclude each other")
 
 
-def settings_from(given: dict[str, Any]) -> Settings:
+class Options(TypedDict, total=False):
+    """The keyword arguments of `Settings`."""
+
+    run_dir: str | os.PathLike[str] | None
+    detectors: str | Sequence[Chosen]
+    actions: str | Sequence[Action]
+    alerts: Sequence[Channel | Listener | Callable[[Message], object] | str]
+    sinks: Sequence[Listener]
+    stats_every: int
+    activations: bool
+    check_every: int
+    flush_every: int
+    flush_seconds: float
+    resume: bool
+    overwrite: bool
+    dry_run: bool
+    record: bool
+    start_step: int | None
+    preflight: Told | None
+
+
+class TorchOptions(Options, total=False):
+    """What only PyTorch has besides."""
+
+    loss_fn: Any
+
+
+class WatchOptions(TorchOptions, total=False):
+    """The keyword arguments of `watch`: besides, what only several processes of PyTorch have."""
+
+    per_rank: bool
+    rank_timeout: float
+
+
+def settings_from(given: Options) -> Settings:
     """Settings from keyword arguments; an unknown one gets an error that names the closest."""
     known = Settings.__dataclass_fields__
     for name in given:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, Unpack
 
 from gradwatch.errors import ModelError
+from gradwatch.settings import Options, WatchOptions
 from gradwatch.watcher import Watcher
 
 
-def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
+def watch(model: Any, optimizer: Any = None, **settings: Unpack[WatchOptions]) -> Watcher:
     """Watch the training of a model.
 
     Records the gradient norm of every parameter at every optimizer step, looks for what goes wrong, and applies the
@@ -44,17 +45,18 @@ def watch(model: Any, optimizer: Any = None, **settings: Any) -> Watcher:
         >>> watcher.findings
         []
     """
+    shared: Options = settings  # what only PyTorch knows, others refuse
     keras = sys.modules.get("keras")
     # On the PyTorch backend a Keras model is also a torch module, and may be trained by an optimizer of torch.
     if keras is not None and isinstance(model, keras.Model) and not hasattr(optimizer, "param_groups"):
         from gradwatch.integrations.keras_loop import watch_keras
 
-        return watch_keras(model, optimizer, **settings)
+        return watch_keras(model, optimizer, **shared)
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
         from gradwatch.integrations.deepspeed import DeepSpeedWatcher
 
-        return DeepSpeedWatcher(model, **settings)
+        return DeepSpeedWatcher(model, **shared)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):
         from gradwatch.integrations.torch_watch import watch_torch

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 
@@ -26,7 +25,6 @@ from gradwatch.monitor import Monitor
 from gradwatch.provenance import default_run_dir, provenance
 from gradwatch.records import (
     MODULE_STATISTICS,
-    NOT_MEASURED,
     PARAMETER_STATISTICS,
     STAGES,
     Finding,
@@ -34,8 +32,8 @@ from gradwatch.records import (
     Parameter,
     RunInfo,
 )
-from gradwatch.rows import Rows, global_norm
-from gradwatch.settings import checked_parameters, settings_from
+from gradwatch.rows import Rows, global_norm, number
+from gradwatch.settings import Options, checked_parameters, settings_from
 from gradwatch.writer import NoWriter, RunWriter
 
 #: Quick steps that are looked at together where nobody acts on findings, and for how many seconds the first one waits.
@@ -64,7 +62,12 @@ class Watcher:
     """
 
     def __init__(
-        self, parameters: Iterable[Parameter], *, framework: str = "", modules: Sequence[str] = (), **settings: Any
+        self,
+        parameters: Iterable[Parameter],
+        *,
+        framework: str = "",
+        modules: Sequence[str] = (),
+        **settings: Unpack[Options],
     ) -> None:
         self.settings = settings_from(settings)
         self.faults = Faults()
@@ -382,15 +385,6 @@ class Watcher:
         if self.settings.preflight is not None:
             config["preflight"] = self.settings.preflight.to_json()
         return provenance(self._parameters, self._modules, framework=self._framework, config=config)
-
-
-def number(name: str, value: Any) -> float:
-    """A logged value as a float; minus infinity, which stands for "not measured", becomes NaN."""
-    try:
-        number = float(value.detach() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError):
-        raise ConfigurationError.of(name, "a number or a scalar tensor", value) from None
-    return math.nan if number == NOT_MEASURED else number
 
 
 def _raise_stop(message: str) -> None:

@@ -179,4 +179,4 @@ def test_what_preflight_found_is_kept_with_the_record(run_dir: Path) -> None:
 
 def test_something_else_than_a_preflight_is_refused(run_dir: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"'preflight' must be what gradwatch.preflight returned: 3"):
-        Watcher([Parameter("0.weight")], run_dir=run_dir, preflight=3)
+        Watcher([Parameter("0.weight")], run_dir=run_dir, preflight=3)  # type: ignore[arg-type]  # on purpose

@@ -101,8 +101,9 @@ def watched(training: Training, *, activations: bool = False) -> tuple[StepBatch
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
-        settings = {"run_dir": run_dir, "detectors": [], "activations": activations}
-        with gw.watch(training.model, training.optimizer, **settings) as watcher:
+        with gw.watch(
+            training.model, training.optimizer, run_dir=run_dir, detectors=[], activations=activations
+        ) as watcher:
             losses = run(training, lambda loss: watcher.log(loss=loss))
         return joined(list(RunReader(run_dir).batches(1_000_000))), losses
 

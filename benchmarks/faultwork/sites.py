@@ -78,8 +78,8 @@ def traced(trace: Any, profile: Any) -> Iterator[None]:
     finally:
         sys.setprofile(None)
         sys.settrace(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
-        threading.settrace(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
+        threading.settrace(None)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from gradwatch.actions.adaptive import AutoClip, ZClip
 from gradwatch.actions.agc import AGC
-from gradwatch.actions.base import Action, BetweenStepsAction, InStepAction
+from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction, InStepDecision, Namespace, RunState
 from gradwatch.actions.clip import Clip
 from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.presets import Ladder, protect, repair
@@ -17,12 +17,16 @@ __all__ = [
     "BetweenStepsAction",
     "Clip",
     "DecayLR",
+    "Due",
     "InStepAction",
+    "InStepDecision",
     "Ladder",
+    "Namespace",
     "Reinitialize",
     "ResetOptimizerState",
     "Restructure",
     "Rollback",
+    "RunState",
     "SkipStep",
     "Stop",
     "ZClip",

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypedDict
 
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import RULES, SEVERITIES, Finding, Floats, Parameter
@@ -159,6 +159,18 @@ class Due:
     lr_factor: float | None = None
     until_step: int | None = None
     backs: int = 0
+
+
+class RemedyOptions(TypedDict, total=False):
+    """The arguments of every `BetweenStepsAction`."""
+
+    on: str | Sequence[str] | None
+    cooldown: int
+    max_times: int | None
+    min_severity: str
+    within: int
+    tries: int
+    confirm: int
 
 
 class BetweenStepsAction(Action):

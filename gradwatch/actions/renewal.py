@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_positive
+from gradwatch.actions.base import BetweenStepsAction, Due, RemedyOptions, RunState, require_positive
 from gradwatch.actions.course import is_well_below
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding
@@ -28,26 +28,9 @@ class _WhenNothingIsLearnt(BetweenStepsAction):
     renews: ClassVar[bool] = True
     begins_anew: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        *,
-        on: str | Sequence[str] | None = None,
-        cooldown: int = 50,
-        max_times: int | None = 2,
-        min_severity: str = "warning",
-        within: int = 100,
-        tries: int = 1,
-        confirm: int = 30,
-    ) -> None:
-        super().__init__(
-            on=on,
-            cooldown=cooldown,
-            max_times=max_times,
-            min_severity=min_severity,
-            within=within,
-            tries=tries,
-            confirm=confirm,
-        )
+    def __init__(self, **common: Unpack[RemedyOptions]) -> None:
+        given: RemedyOptions = {"max_times": 2, "within": 100, "confirm": 30, **common}
+        super().__init__(**given)
 
     def is_called_for(self, finding: Finding, state: RunState) -> bool:
         """Whether nothing would be lost."""
@@ -87,8 +70,9 @@ class Reinitialize(_WhenNothingIsLearnt):
     priority: ClassVar[int] = 40
     cures: ClassVar[tuple[str, ...]] = ("init_large", "init_small", "recurrence", "dying_relu", "killed_units")
 
-    def __init__(self, *, scheme: str = "auto", factor: float = 0.1, **common: Any) -> None:
-        super().__init__(**{"max_times": 3, "tries": 2, **common})
+    def __init__(self, *, scheme: str = "auto", factor: float = 0.1, **common: Unpack[RemedyOptions]) -> None:
+        given: RemedyOptions = {"max_times": 3, "tries": 2, **common}
+        super().__init__(**given)
         if require_positive("factor", factor) > 1.0:
             raise ConfigurationError.of("factor", "<= 1", factor)
         self.factor = factor
@@ -129,7 +113,7 @@ class ResetOptimizerState(BetweenStepsAction):
     default_on: ClassVar[tuple[str, ...]] = ("exploding", "divergence", "oscillation")
     priority: ClassVar[int] = 30
 
-    def __init__(self, *, whole: bool = True, **common: Any) -> None:
+    def __init__(self, *, whole: bool = True, **common: Unpack[RemedyOptions]) -> None:
         super().__init__(**common)
         self.whole = whole
 
@@ -170,9 +154,10 @@ class Restructure(_WhenNothingIsLearnt):
     cures: ClassVar[tuple[str, ...]] = ("output_layer",)
 
     def __init__(
-        self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", tries: int = 3, **common: Any
+        self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", **common: Unpack[RemedyOptions]
     ) -> None:
-        super().__init__(tries=tries, **{"max_times": 3, **common})
+        given: RemedyOptions = {"max_times": 3, "tries": 3, **common}
+        super().__init__(**given)
         for change in changes:
             if change not in CHANGES:
                 raise UnknownNameError.among("change", change, CHANGES)
@@ -204,8 +189,9 @@ class Stop(BetweenStepsAction):
     default_on: ClassVar[tuple[str, ...]] = ("nonfinite", "divergence", "exploding", "dead")
     priority: ClassVar[int] = 90
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**{"min_severity": "critical", "max_times": 1, **common})
+    def __init__(self, **common: Unpack[RemedyOptions]) -> None:
+        given: RemedyOptions = {"min_severity": "critical", "max_times": 1, **common}
+        super().__init__(**given)
 
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
         """See `BetweenStepsAction.respond`."""

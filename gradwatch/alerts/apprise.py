@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.message import Message
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.errors import ConfigurationError, MissingDependencyError
 
 
@@ -29,7 +30,7 @@ class Apprise(Channel):
         ConfigurationError: When apprise does not understand an address, or a setting breaks a rule.
     """
 
-    def __init__(self, urls: str | Iterable[str], **routing: Any) -> None:
+    def __init__(self, urls: str | Iterable[str], **routing: Unpack[RoutingOptions]) -> None:
         super().__init__(**routing)
         given = [urls] if isinstance(urls, str) else list(urls)
         if not given:

@@ -6,11 +6,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from gradwatch.alerts.courier import Courier
 from gradwatch.alerts.message import Message
-from gradwatch.alerts.routing import Routing
+from gradwatch.alerts.routing import Routing, RoutingOptions
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import ActionRecord, Finding, RunInfo, StepBatch
 
@@ -46,7 +46,7 @@ class Channel(ABC):
     #: Settings that differ from those of `Routing` for this kind of channel.
     defaults: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, **routing: Any) -> None:
+    def __init__(self, **routing: Unpack[RoutingOptions]) -> None:
         self.routing = Routing.of({**self.defaults, **routing})
         self._courier: Courier | None = None
         self._is_stopped = False

@@ -7,10 +7,11 @@ import os
 import signal
 import subprocess  # programs, never a shell  # nosec B404
 from collections.abc import Sequence
-from typing import Any
+from typing import Unpack
 
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.message import Message
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.errors import ConfigurationError
 
 
@@ -35,7 +36,7 @@ class Command(Channel):
         Command('notify-send')
     """
 
-    def __init__(self, arguments: Sequence[str], *, timeout: float = 30.0, **routing: Any) -> None:
+    def __init__(self, arguments: Sequence[str], *, timeout: float = 30.0, **routing: Unpack[RoutingOptions]) -> None:
         super().__init__(**routing)
         texts = isinstance(arguments, (list, tuple)) and all(isinstance(a, (str, os.PathLike)) for a in arguments)
         if not arguments or not texts:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Unpack
 
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.message import Message
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.errors import ConfigurationError
 
 
@@ -25,7 +26,7 @@ class Call(Channel):
         Call(<lambda>)
     """
 
-    def __init__(self, function: Callable[[Message], object], **routing: Any) -> None:
+    def __init__(self, function: Callable[[Message], object], **routing: Unpack[RoutingOptions]) -> None:
         super().__init__(**routing)
         if not callable(function):
             raise ConfigurationError.of("function", "callable", function)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.message import Message
+from gradwatch.alerts.routing import RoutingOptions
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
 
@@ -26,7 +27,7 @@ class Log(Channel):
 
     defaults: ClassVar[Mapping[str, Any]] = {"group_seconds": 0.0, "cooldown": 60.0, "per_hour": 600, "reminder": None}
 
-    def __init__(self, logger: str | logging.Logger = "gradwatch.alerts", **routing: Any) -> None:
+    def __init__(self, logger: str | logging.Logger = "gradwatch.alerts", **routing: Unpack[RoutingOptions]) -> None:
         super().__init__(**routing)
         self._logger = logging.getLogger(logger) if isinstance(logger, str) else logger
 

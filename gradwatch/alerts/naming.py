@@ -7,7 +7,7 @@ import shlex
 import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from gradwatch.alerts.apprise import Apprise
 from gradwatch.alerts.channel import Channel
@@ -16,6 +16,7 @@ from gradwatch.alerts.console import Console
 from gradwatch.alerts.function import Call
 from gradwatch.alerts.log import Log
 from gradwatch.alerts.message import test_message
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.alerts.webhook import Webhook
 from gradwatch.errors import ConfigurationError
 from gradwatch.redaction import redacted
@@ -42,7 +43,7 @@ class Outcome:
         return not self.error
 
 
-def channel_named(name: str, **routing: Any) -> Channel:
+def channel_named(name: str, **routing: Unpack[RoutingOptions]) -> Channel:
     """The channel that a word stands for.
 
     Args:
@@ -65,7 +66,9 @@ def channel_named(name: str, **routing: Any) -> Channel:
     return Apprise(name, **routing)
 
 
-def channels_from_environment(environment: Mapping[str, str] = os.environ, **routing: Any) -> list[Channel]:
+def channels_from_environment(
+    environment: Mapping[str, str] = os.environ, **routing: Unpack[RoutingOptions]
+) -> list[Channel]:
     """The channels that `GRADWATCH_ALERTS` names, separated by white space; so no secret stands on a command line."""
     return [channel_named(name, **routing) for name in environment.get(CHANNELS_VARIABLE, "").split()]
 

@@ -6,12 +6,29 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import SEVERITIES, Severity
 
 _DAY = 24 * 60
+
+
+class RoutingOptions(TypedDict, total=False):
+    """The keyword arguments of `Routing`."""
+
+    min_severity: Severity
+    rules: Sequence[str] | None
+    group_seconds: float
+    cooldown: float
+    per_hour: int
+    reminder: float | None
+    quiet_hours: tuple[str, str] | None
+    resolved: bool
+    finished: bool
+    stall: float | None
+    stall_seconds: float
+    close_seconds: float
 
 
 @dataclass(frozen=True)

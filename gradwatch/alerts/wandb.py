@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.message import Message
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.errors import ConfigurationError, MissingDependencyError
 
 _LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
@@ -23,7 +24,7 @@ class WandBAlert(Channel):
         ConfigurationError: When no run is active.
     """
 
-    def __init__(self, run: Any = None, **routing: Any) -> None:
+    def __init__(self, run: Any = None, **routing: Unpack[RoutingOptions]) -> None:
         super().__init__(**routing)
         try:
             import wandb

@@ -10,10 +10,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from gradwatch.alerts.channel import Channel
 from gradwatch.alerts.message import Message
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.errors import ConfigurationError
 
 #: Headers of every request.
@@ -55,7 +56,7 @@ class Webhook(Channel):
         secret: str | None = None,
         headers: Mapping[str, str] | None = None,
         timeout: float = 10.0,
-        **routing: Any,
+        **routing: Unpack[RoutingOptions],
     ) -> None:
         super().__init__(**routing)
         parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.settings import Options, WatchOptions
 from gradwatch.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings: Any) -> Watcher:
+def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings: Unpack[WatchOptions]) -> Watcher:
     """Watch what `accelerator.prepare` returned; called in every process, at the same place.
 
     Norms are those before `accelerator.clip_grad_norm_`; one row is one step of the optimizer, however many batches are
@@ -34,5 +35,6 @@ def watch(accelerator: Accelerator, model: nn.Module, optimizer: Any, **settings
     if accelerator.distributed_type == "DEEPSPEED":
         from gradwatch.integrations.deepspeed import DeepSpeedWatcher
 
-        return DeepSpeedWatcher(model, **settings)
+        shared: Options = settings
+        return DeepSpeedWatcher(model, **shared)
     return watch_torch(model, optimizer, **settings)

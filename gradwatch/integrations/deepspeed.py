@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from gradwatch.errors import ConfigurationError, MissingDependencyError
 from gradwatch.integrations.torch_row import logged_number
 from gradwatch.records import NOT_MEASURED, SKIP_REASONS, Floats, Parameter, RunInfo
 from gradwatch.rows import global_norm
+from gradwatch.settings import Options
 from gradwatch.watcher import Watcher
 
 try:
@@ -36,7 +37,7 @@ except ImportError:
 _AT_THE_END = 2.0
 
 
-def watch(engine: Any, **settings: Any) -> DeepSpeedWatcher:
+def watch(engine: Any, **settings: Unpack[Options]) -> DeepSpeedWatcher:
     """Watch the training of a DeepSpeed engine, ZeRO stage 0, 1, 2 or 3; called on every rank, at the same place.
 
     Recorded are the norm of the whole gradient of every parameter at every step, without the loss scale and before
@@ -75,7 +76,7 @@ class DeepSpeedWatcher(Watcher):
         settings: Those of `gradwatch.watch`.
     """
 
-    def __init__(self, engine: Any, *, rank_timeout: float = 30.0, **settings: Any) -> None:
+    def __init__(self, engine: Any, *, rank_timeout: float = 30.0, **settings: Unpack[Options]) -> None:
         rank, count = world()
         if settings.get("actions"):
             raise ConfigurationError("'actions' are not carried out under DeepSpeed: use its gradient_clipping")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torch.optim import Optimizer
 
@@ -11,7 +11,7 @@ from gradwatch.actions.policy import Policy
 from gradwatch.errors import ConfigurationError, MissingDependencyError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_watch import watch_torch
-from gradwatch.settings import settings_from
+from gradwatch.settings import Options, settings_from
 
 try:
     from fastai.callback.core import Callback, CancelFitException
@@ -39,7 +39,7 @@ class GradWatch(Callback):  # type: ignore[misc]  # fastai has no types
 
     run_valid = False
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[Options]) -> None:
         super().__init__()
         self.watcher: TorchWatcher | None = None
         self._settings = settings
@@ -128,7 +128,7 @@ class Stepper(Optimizer):
             group["lr"] = hyper["lr"]
 
 
-def _require_no_state(settings: dict[str, Any]) -> None:
+def _require_no_state(settings: Options) -> None:
     for action in Policy(settings_from(settings).actions).between:
         if action.name not in _WITHOUT_STATE:
             raise ConfigurationError(

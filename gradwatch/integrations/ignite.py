@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from gradwatch.errors import MissingDependencyError
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.settings import WatchOptions
 
 try:
     from ignite.engine import Engine, Events
@@ -30,7 +31,12 @@ class GradWatch:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, *, output_transform: Callable[[Any], Any] | None = None, **settings: Any
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        output_transform: Callable[[Any], Any] | None = None,
+        **settings: Unpack[WatchOptions],
     ) -> None:
         self.watcher = watch_torch(model, optimizer, **settings)
         self._loss_of = output_transform or _loss_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 
@@ -17,7 +17,7 @@ from gradwatch.integrations.keras_fits import Fit
 from gradwatch.integrations.keras_session import Session
 from gradwatch.integrations.keras_watcher import KerasWatcher
 from gradwatch.records import Finding
-from gradwatch.settings import settings_from
+from gradwatch.settings import Options, settings_from
 
 
 class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
@@ -46,7 +46,7 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
         []
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[Options]) -> None:
         super().__init__()
         self._settings = settings_from(settings)
         Policy(self._settings.actions)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 
@@ -23,7 +23,7 @@ from gradwatch.errors import ModelError
 from gradwatch.integrations.keras_instrument import tap_for
 from gradwatch.integrations.keras_session import Session
 from gradwatch.integrations.keras_watcher import KerasWatcher, rule_of, scales_lr
-from gradwatch.settings import settings_from
+from gradwatch.settings import Options, settings_from
 
 #: Steps inside a `tf.function` that the device keeps for the next `log`.
 RING_ROWS = 4096
@@ -38,7 +38,7 @@ class KerasLoopWatcher(KerasWatcher):
         settings: Keyword arguments of `gradwatch.settings.Settings`.
     """
 
-    def __init__(self, model: keras.Model, optimizers: Sequence[Any], **settings: Any) -> None:
+    def __init__(self, model: keras.Model, optimizers: Sequence[Any], **settings: Unpack[Options]) -> None:
         self._attached = ExitStack()
         super().__init__(Columns(model, optimizers), **settings)
         self._model, self._optimizers = model, list(optimizers)
@@ -143,7 +143,7 @@ class KerasLoopWatcher(KerasWatcher):
         self._actions.close()
 
 
-def watch_keras(model: keras.Model, optimizer: Any = None, **settings: Any) -> KerasWatcher:
+def watch_keras(model: keras.Model, optimizer: Any = None, **settings: Unpack[Options]) -> KerasWatcher:
     """See `gradwatch.watch`.
 
     With an optimizer, a loop of the user's own that calls it; without, a compiled model's `train_on_batch` and `fit`.

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 import numpy as np
@@ -22,8 +22,9 @@ from gradwatch.backends.keras_rule import EXTRAS, Rule
 from gradwatch.backends.keras_tap import Tap
 from gradwatch.provenance import _versions as versions_of
 from gradwatch.records import NOT_MEASURED, RENEWED, Floats, RunInfo
-from gradwatch.rows import Rows
-from gradwatch.watcher import Watcher, number
+from gradwatch.rows import Rows, number
+from gradwatch.settings import Options
+from gradwatch.watcher import Watcher
 
 #: Reads what was sampled from the device; only when it is taken does anybody wait for it.
 Statistics = Callable[[], dict[str, Floats]]
@@ -79,7 +80,7 @@ class KerasWatcher(Watcher):
         settings: Keyword arguments of `gradwatch.settings.Settings`.
     """
 
-    def __init__(self, columns: Columns, *, modules: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(self, columns: Columns, *, modules: Sequence[str] = (), **settings: Unpack[Options]) -> None:
         self._columns = columns
         self._calls: deque[Call] = deque()
         self._pending: list[_Row] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from gradwatch.errors import MissingDependencyError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.settings import WatchOptions
 
 try:
     import lightning.pytorch as pl
@@ -34,14 +35,14 @@ class GradWatch(pl.Callback):
         True
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[WatchOptions]) -> None:
         self.watcher: TorchWatcher | None = None
         self._settings = settings
         self._state: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start to watch."""
-        settings = {"run_dir": Path(trainer.default_root_dir) / "gradwatch", **self._settings}
+        settings: WatchOptions = {"run_dir": Path(trainer.default_root_dir) / "gradwatch", **self._settings}
         model = trainer.strategy.model or pl_module  # as it is wrapped
         self.watcher = watch_torch(model, list(trainer.optimizers), **settings)
         self.watcher.on_stop = lambda _: setattr(trainer, "should_stop", True)

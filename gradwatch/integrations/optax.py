@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, Unpack
 
 from gradwatch.actions.policy import Policy
 from gradwatch.errors import ConfigurationError, MissingDependencyError
 from gradwatch.records import NOT_MEASURED
-from gradwatch.settings import settings_from
+from gradwatch.settings import Options, settings_from
 
 try:
     import jax
@@ -91,7 +91,7 @@ class Watched(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # o
         self.close() if kind is None else self.close("crashed", f"{kind.__name__}: {error}")
 
 
-def watch(optimizer: optax.GradientTransformation, **settings: Any) -> Watched:
+def watch(optimizer: optax.GradientTransformation, **settings: Unpack[Options]) -> Watched:
     """Watch an optax optimizer, in a compiled loop or not.
 
     Norms are those of the gradients that the update is handed; wrap the whole chain, and they are those before it
@@ -142,7 +142,7 @@ class Recorder:
         settings: Keyword arguments of `gradwatch.settings.Settings`.
     """
 
-    def __init__(self, inner: optax.GradientTransformationExtraArgs, settings: dict[str, Any]) -> None:
+    def __init__(self, inner: optax.GradientTransformationExtraArgs, settings: Options) -> None:
         checked = settings_from(settings)
         policy = Policy(checked.actions, dry_run=checked.dry_run)
         if beyond := [action for action in policy.between if action.name not in _BETWEEN]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -17,7 +17,9 @@ from gradwatch.actions.renewal import Stop
 from gradwatch.errors import StopTraining
 from gradwatch.provenance import _versions as versions_of
 from gradwatch.records import NOT_MEASURED, Finding, Floats, Parameter, RunInfo
-from gradwatch.watcher import Watcher, number
+from gradwatch.rows import number
+from gradwatch.settings import Options
+from gradwatch.watcher import Watcher
 
 
 @dataclass
@@ -39,7 +41,7 @@ class OptaxWatcher(Watcher):
         settings: Keyword arguments of `gradwatch.settings.Settings`.
     """
 
-    def __init__(self, parameters: list[Parameter], **settings: Any) -> None:
+    def __init__(self, parameters: list[Parameter], **settings: Unpack[Options]) -> None:
         super().__init__(parameters, framework="jax", **settings)
         self._lock = threading.RLock()
         self._open_row: _Row | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, Unpack, cast
 
 from torch import nn
 
 from gradwatch.errors import MissingDependencyError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.settings import Options, WatchOptions
 
 try:
     from skorch import NeuralNet
@@ -33,10 +34,10 @@ class GradWatch(Callback):  # type: ignore[misc]  # skorch has no types
         True
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[WatchOptions]) -> None:
         self.watcher: TorchWatcher | None = None
         self._settings = settings
-        self._before: dict[str, Any] = {}
+        self._before: Options = {}
         self._state: Mapping[str, Any] | None = None
         self._stops = False
 
@@ -51,7 +52,8 @@ class GradWatch(Callback):  # type: ignore[misc]  # skorch has no types
         self._close("crashed", "fit() ended early")
         optimizers = [getattr(net, f"{name}_") for name in net._optimizers]  # noqa: SLF001 -- the only list there is
         self._stops = False
-        self.watcher = watch_torch(_trained(net), optimizers, **{**self._settings, **self._before})
+        settings: WatchOptions = {**self._settings, **self._before}
+        self.watcher = watch_torch(_trained(net), optimizers, **settings)
         self.watcher.on_stop = self._stop
         if self._state is not None:
             self.watcher.load_state_dict(self._state)
@@ -79,7 +81,7 @@ class GradWatch(Callback):  # type: ignore[misc]  # skorch has no types
 
     def set_params(self, **params: Any) -> Self:
         """Change settings of the next fit."""
-        self._settings.update(params)
+        self._settings = cast("WatchOptions", {**self._settings, **params})
         return self
 
     def _stop(self, _: str) -> None:

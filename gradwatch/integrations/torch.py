@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -42,6 +42,7 @@ from gradwatch.integrations.torch_in_step import InStep
 from gradwatch.integrations.torch_pending import Pending, Reading
 from gradwatch.integrations.torch_row import Logbook, Row, Step, is_nested, logged_number
 from gradwatch.records import SKIP_REASONS, STAGES
+from gradwatch.settings import Options, TorchOptions
 from gradwatch.watcher import Watcher
 
 #: Rows that are closed before one whose numbers come from an accelerator: fixed, so that runs act at the same steps.
@@ -54,19 +55,19 @@ class TorchWatcher(Watcher):
     Args:
         model: The model.
         optimizers: The optimizers; empty watches every optimizer that holds parameters of the model.
-        loss_fn: A loss module whose output is the loss of the step, so that no call of `log` is needed.
-        settings: Keyword arguments of `gradwatch.watcher.Settings`.
+        settings: Keyword arguments of `gradwatch.settings.Settings`, and `loss_fn`: a loss module whose output is the
+            loss of the step, so that no call of `log` is needed.
     """
 
     _is_set_up = False
 
-    def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], *, loss_fn: nn.Module | None = None, **settings: Any
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], **settings: Unpack[TorchOptions]) -> None:
         described, tensors = describe(model, optimizers)
         modules = activation_modules(model) if settings.get("activations") else {}
         self._detach: Callable[[], object] = lambda: None
-        super().__init__(described, framework="torch", modules=list(modules), **settings)
+        loss_fn = settings.pop("loss_fn", None)
+        shared: Options = settings
+        super().__init__(described, framework="torch", modules=list(modules), **shared)
         try:
             self._set_up(model, optimizers, modules, tensors)
             self._detach = attach(self, optimizers, loss_fn)

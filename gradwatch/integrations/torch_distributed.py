@@ -10,7 +10,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from torch import nn
@@ -31,6 +31,7 @@ from gradwatch.integrations.torch_ranks import Ranks, Shape
 from gradwatch.integrations.torch_row import Row
 from gradwatch.integrations.torch_total import Total
 from gradwatch.records import Parameter, RunInfo
+from gradwatch.settings import TorchOptions
 
 #: What only trainings of several processes look at.
 RANK_SETTINGS = ("per_rank", "rank_timeout")
@@ -56,7 +57,7 @@ class RankWatcher(TorchWatcher):
         *,
         per_rank: bool = False,
         rank_timeout: float = 30.0,
-        **settings: Any,
+        **settings: Unpack[TorchOptions],
     ) -> None:
         if not rank_timeout > 0:
             raise ConfigurationError.of("rank_timeout", "> 0", rank_timeout)

@@ -19,7 +19,7 @@ from gradwatch.backends.torch_gradients import Held
 from gradwatch.backends.torch_statistics import Finish
 from gradwatch.backends.torch_step import KeptCounters
 from gradwatch.records import DISCARDED, NOT_MEASURED, Floats
-from gradwatch.watcher import number
+from gradwatch.rows import number
 
 Setter = Callable[[Any], None]
 #: The norms of a row that has none yet.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Unpack, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,10 +16,11 @@ from gradwatch.integrations.torch_attach import unwrapped
 from gradwatch.integrations.torch_distributed import RANK_SETTINGS, RankWatcher
 from gradwatch.reader import RunReader
 from gradwatch.records import RunInfo
+from gradwatch.settings import TorchOptions, WatchOptions
 
 
 def watch_torch(
-    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, **settings: Any
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, **settings: Unpack[WatchOptions]
 ) -> TorchWatcher:
     """See `gradwatch.watch`."""
     given = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -35,15 +36,16 @@ def watch_torch(
     return watcher
 
 
-def _alone(model: nn.Module, optimizers: Sequence[Optimizer], settings: Mapping[str, Any]) -> TorchWatcher:
-    return TorchWatcher(model, optimizers, **{k: v for k, v in settings.items() if k not in RANK_SETTINGS})
+def _alone(model: nn.Module, optimizers: Sequence[Optimizer], settings: WatchOptions) -> TorchWatcher:
+    alone = cast("TorchOptions", {k: v for k, v in settings.items() if k not in RANK_SETTINGS})
+    return TorchWatcher(model, optimizers, **alone)
 
 
-def _resumed(settings: Mapping[str, Any]) -> RunInfo | None:
+def _resumed(settings: WatchOptions) -> RunInfo | None:
     """The run that is resumed, if one is."""
     try:
-        return RunReader(settings["run_dir"]).info if settings.get("resume", False) is not False else None
-    except (GradwatchError, KeyError):
+        return RunReader(settings.get("run_dir") or "").info if settings.get("resume", False) is not False else None
+    except GradwatchError:
         return None
 
 

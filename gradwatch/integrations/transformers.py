@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from gradwatch.errors import MissingDependencyError
 from gradwatch.integrations.torch_watch import watch_torch
+from gradwatch.settings import Options, WatchOptions
 from gradwatch.watcher import Watcher
 
 try:
@@ -34,7 +35,7 @@ class GradWatch(TrainerCallback):
         True
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **settings: Unpack[WatchOptions]) -> None:
         self.watcher: Watcher | None = None
         self._settings = settings
         self._losses: list[Tensor] = []
@@ -46,7 +47,7 @@ class GradWatch(TrainerCallback):
     ) -> None:
         """Start to watch."""
         model: nn.Module = kwargs["model"]
-        settings = {"run_dir": Path(str(args.output_dir)) / "gradwatch", **self._settings}
+        settings: WatchOptions = {"run_dir": Path(str(args.output_dir)) / "gradwatch", **self._settings}
         self.watcher = _watch_deepspeed(model, settings) if args.deepspeed else None
         self.watcher = self.watcher or watch_torch(model, kwargs["optimizer"], **settings)
         self.watcher.on_stop = self._stop
@@ -89,13 +90,14 @@ class GradWatch(TrainerCallback):
         self._stops = True
 
 
-def _watch_deepspeed(model: nn.Module, settings: dict[str, Any]) -> Watcher | None:
+def _watch_deepspeed(model: nn.Module, settings: WatchOptions) -> Watcher | None:
     """Watch the engine of a model, which is none on a CPU although the arguments ask for one."""
     from gradwatch.backends.deepspeed_parts import engine_of
     from gradwatch.integrations.deepspeed import DeepSpeedWatcher
 
     engine = engine_of(model)
-    return None if engine is None else DeepSpeedWatcher(engine, **settings)
+    shared: Options = settings
+    return None if engine is None else DeepSpeedWatcher(engine, **shared)
 
 
 class _LossReader:

@@ -95,5 +95,5 @@ def test_a_listener_that_breaks_is_switched_off_and_the_others_go_on(run_dir: Pa
 
 def test_a_bad_channel_is_named_before_anything_is_written(run_dir: Path) -> None:
     with pytest.raises(ConfigurationError, match="'alerts' must be a list of channels"):
-        Watcher(PARAMETERS, run_dir=run_dir, alerts=[7])
+        Watcher(PARAMETERS, run_dir=run_dir, alerts=[7])  # type: ignore[list-item]  # on purpose
     assert not run_dir.exists()

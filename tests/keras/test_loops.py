@@ -142,9 +142,11 @@ def test_a_loop_that_jax_runs_op_by_op(tmp_path: Path) -> None:
 
 
 def test_stop_leaves_a_loop(tmp_path: Path) -> None:
-    model, settings = _model(), {"actions": [gw.Stop(on="dead")], "detectors": [found_at(5, "dead")]}
+    model, found = _model(), [found_at(5, "dead")]
     with (
-        watch_keras(model, model.optimizer, run_dir=tmp_path / "run", **settings) as watcher,
+        watch_keras(
+            model, model.optimizer, run_dir=tmp_path / "run", actions=[gw.Stop(on="dead")], detectors=found
+        ) as watcher,
         pytest.raises(gw.StopTraining, match="training stopped"),
     ):
         _loop(model, *data(40), watcher)
@@ -153,8 +155,9 @@ def test_stop_leaves_a_loop(tmp_path: Path) -> None:
 
 def test_new_weights_in_a_loop(tmp_path: Path) -> None:
     model, actions = _model(), [gw.Reinitialize(on="exploding", confirm=0)]
-    settings = {"actions": actions, "detectors": [found_at(1)], "run_dir": tmp_path / "run"}
-    with watch_keras(model, model.optimizer, **settings) as watcher:
+    with watch_keras(
+        model, model.optimizer, run_dir=tmp_path / "run", actions=actions, detectors=[found_at(1)]
+    ) as watcher:
         _loop(model, *data(16), watcher)
     (action, *_) = RunReader(tmp_path / "run").action_list()
     if BACKEND == "jax":

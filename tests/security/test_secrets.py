@@ -12,6 +12,7 @@ import pytest
 
 import gradwatch as gw
 from gradwatch import alerts
+from gradwatch.alerts.routing import RoutingOptions
 from gradwatch.errors import GradwatchError, RunNotFoundError
 from gradwatch.faults import Faults
 from gradwatch.records import Parameter, RunInfo
@@ -38,7 +39,7 @@ class Tracker(Sink):
 
 
 def channels() -> list[alerts.Channel]:
-    routing = {"group_seconds": 0.0, "close_seconds": 5.0}
+    routing: RoutingOptions = {"group_seconds": 0.0, "close_seconds": 5.0}
     fails = "import sys; sys.exit('cannot: ' + ' '.join(sys.argv[1:]))"
     return [
         alerts.Webhook(f"http://me:{SECRET}@{NOBODY}/{SECRET}?token={SECRET}", secret=SECRET,
@@ -85,11 +86,11 @@ def test_no_secret_is_recorded_logged_reported_or_shown(
     [
         lambda: alerts.Webhook(f"ftp://me:{SECRET}@host/{SECRET}"),
         lambda: alerts.Webhook(f"https://me:{SECRET}@host/", timeout=-1),
-        lambda: alerts.Webhook(f"https://me:{SECRET}@host/", secret=SECRET, min_severity="loud"),
+        lambda: alerts.Webhook(f"https://me:{SECRET}@host/", secret=SECRET, min_severity="loud"),  # type: ignore[arg-type]
         lambda: gw.load(f"nosuchscheme://me:{SECRET}@host/run?token={SECRET}"),
         lambda: gw.load(f"memory://me:{SECRET}@host/run?token={SECRET}"),
         lambda: Watcher([Parameter("w")], alerts=f"https://me:{SECRET}@host/"),
-        lambda: Watcher([Parameter("w")], run_dir="never", alerts=[f"https://me:{SECRET}@host/", 7]),
+        lambda: Watcher([Parameter("w")], run_dir="never", alerts=[f"https://me:{SECRET}@host/", 7]),  # type: ignore[list-item]
     ],
 )  # fmt: skip
 def test_no_error_message_shows_a_secret(make: object) -> None:

@@ -38,7 +38,7 @@ def test_a_loss_that_is_no_module(run_dir: Path) -> None:
 
 def test_an_unknown_setting(run_dir: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown setting 'run_dri'; did you mean 'run_dir'\?"):
-        gw.watch(mlp(), run_dri=run_dir)
+        gw.watch(mlp(), run_dri=run_dir)  # type: ignore[call-arg]  # on purpose
 
 
 def test_a_logged_value_that_is_no_number(run_dir: Path) -> None:
