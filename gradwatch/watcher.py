@@ -37,7 +37,7 @@ from gradwatch.settings import Options, checked_parameters, settings_from
 from gradwatch.writer import NoWriter, RunWriter
 
 #: Quick steps that are looked at together where nobody acts on findings, and for how many seconds the first one waits.
-TOGETHER, LATEST = 16, 0.05
+TOGETHER, LATEST = 16, 0.25
 
 
 class Watcher:

@@ -252,7 +252,7 @@ class TensorFlowTap(Tap):
             self._sample.assign(tf.where(new == NOT_MEASURED, self._sample.read_value(), new))
             return tf.constant(0)
 
-        tf.cond(self._sampling, measured, lambda: tf.constant(0))
+        _run_if(self._sampling, measured)
 
     def _rate(self, optimizer: Any) -> Tensor:
         rate = self.learning_rate(optimizer)
@@ -304,6 +304,24 @@ def _apply_across(strategy: Any, skip: Tensor, original: Any, grads: Any, variab
     each = strategy.extended.call_for_each_replica
     one = strategy.experimental_local_results(skip)[0]
     return tf.cond(one, lambda: tf.constant(0), lambda: _done(each(original, args=(grads, variables))))
+
+
+def _run_if(wanted: Any, function: Callable[[], Tensor]) -> None:
+    """Run a function that returns an int32 scalar, when a boolean variable says so.
+
+    As `tf.cond`, but a graph does nothing for what the function would need when it does not run: the operations that
+    `tf.cond` becomes pass each of a hundred gradients through a switch of its own.
+    """
+    if tf.executing_eagerly():
+        if wanted:
+            function()
+        return
+    run = tf.function(function, autograph=False).get_concrete_function()
+    needs = [tf.TensorSpec(need.shape, need.dtype) for need in run.captured_inputs]
+    rest = tf.function(lambda *_: tf.constant(0), autograph=False).get_concrete_function(*needs)
+    tf.raw_ops.If(
+        cond=wanted.read_value(), input=run.captured_inputs, Tout=[tf.int32], then_branch=run, else_branch=rest
+    )
 
 
 def _is_here(tensor: Any) -> bool:

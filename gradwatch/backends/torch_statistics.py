@@ -109,14 +109,14 @@ class Updates:
 
         @torch.no_grad()
         def finish() -> tuple[list[int], Any]:
-            plan = self._plans.get(number) or self._plan(number, parameters)
             torch._foreach_sub_(before, parameters)
+            both = [*parameters, *before]
+            plan = self._plans.get(number) or self._plan(number, both)
             try:
-                norms: list[Any] = [plan(parameters), plan(before)]
+                norms = plan(both)
             except (RuntimeError, TypeError):  # the model was moved or cast
-                plan = self._plan(number, parameters)
-                norms = [plan(parameters), plan(before)]
-            return places, torch.stack(norms) if isinstance(plan, DeviceNorms) else np.stack(norms)
+                norms = self._plan(number, both)(both)
+            return places, norms.reshape(2, -1)
 
         return finish
 
@@ -134,9 +134,9 @@ class Updates:
             self._kept[number] = copies
         return copies
 
-    def _plan(self, number: int, parameters: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
-        is_host = all(map(on_host, parameters))
-        plan = CpuNorms(parameters) if is_host else DeviceNorms(parameters, None, len(parameters))
+    def _plan(self, number: int, tensors: Sequence[Tensor]) -> CpuNorms | DeviceNorms:
+        is_host = all(map(on_host, tensors))
+        plan = CpuNorms(tensors) if is_host else DeviceNorms(tensors, None, len(tensors))
         self._plans[number] = plan
         return plan
 
