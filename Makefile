@@ -23,7 +23,7 @@ READY_MORE := $(READY)-more
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-keras test-more test-cuda notebooks lint format docs bench lock clean
+.PHONY: help setup demo test test-keras test-more test-cuda coverage notebooks lint format docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ test-keras-%: $(READY)
 test-cuda: $(READY) ## Where there is a GPU: run the tests that need one, then measure the cost on it
 	$(BIN)/python -m pytest -m cuda -p no:xdist $(ARGS)
 	$(BIN)/python -m benchmarks.gpu
+
+coverage: export COVERAGE_FILE := $(CURDIR)/.coverage
+coverage: $(READY) ## Measure which lines and branches the tests run; about half an hour
+	$(BIN)/coverage erase
+	# Left out is what sets a trace function of its own, as coverage does.
+	$(BIN)/coverage run -m pytest -n $(WORKERS) -o timeout=600 --ignore tests/faults --ignore tests/torch/test_cost.py
+	$(foreach backend,$(KERAS_BACKENDS),KERAS_BACKEND=$(backend) $(BIN)/coverage run -m pytest tests/keras -n $(WORKERS) -o timeout=600 &&) true
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 notebooks: $(READY) ## Run the notebooks, with fewer steps than for a reader
 	GRADWATCH_QUICK=1 $(BIN)/python -m pytest --nbmake notebooks --timeout=600 -n $(WORKERS)

@@ -50,6 +50,7 @@ To = Annotated[
                  "apprise; again for more. By default those in the environment's GRADWATCH_ALERTS."),
 ]  # fmt: skip
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,20 +189,48 @@ def compare(
 def export(
     run: RunPath,
     what: Annotated[
-        str, typer.Option(help="grad_norms, metrics, parameters, findings, actions, or a statistic.")
+        str, typer.Option(help="grad_norms, metrics, parameters, findings, actions, a statistic, or everything.")
     ] = "grad_norms",
     out: Out = None,
     format_: Annotated[
         TableFormat | None, typer.Option("--format", "-f", help="By default what --out ends in, else csv.")
     ] = None,
     by: Annotated[str, typer.Option(help="parameter or layer, for grad_norms.")] = "parameter",
+    *,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write a table of the record as CSV, Parquet or JSON lines, to a file or to standard output."""
+    """Write a table of the record as CSV, Parquet or JSON lines, to a file or to standard output.
+
+    Everything, one row a step, goes to a file, or as TensorBoard event files to a directory.
+    """
+    if what == "everything" or format_ is TableFormat.tensorboard:
+        from gradwatch.export import export_run
+
+        if out is None:
+            raise ConfigurationError.of("--out", "given for everything", None)
+        typer.echo(export_run(_open(run), out, format=format_, overwrite=overwrite))
+        return
     from gradwatch.reporters.tables import write_table
 
     path = write_table(_open(run), what, out, format_name=format_, by=by)
     if path is not None:
         typer.echo(path)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="CSV file, or directory of TensorBoard event files.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory to write.")],
+    step: Annotated[str | None, typer.Option(help="Column of a CSV file that counts the steps.")] = None,
+    *,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a run out of what another tool logged, so that the same detectors and reports work on it."""
+    from gradwatch.imports import import_run
+
+    with _busy("Reading the table"):
+        path = import_run(source, run, step=step, overwrite=overwrite)
+    typer.echo(path)
 
 
 @app.command()

@@ -48,3 +48,4 @@ class TableFormat(enum.StrEnum):
     csv = "csv"
     parquet = "parquet"
     jsonl = "jsonl"
+    tensorboard = "tensorboard"

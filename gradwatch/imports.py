@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.detectors.base import RunContext
+from gradwatch.detectors.engine import Engine, replay
 from gradwatch.errors import ConfigurationError, MissingDependencyError, RunNotFoundError
 from gradwatch.records import (
     NOT_MEASURED,
@@ -21,6 +23,7 @@ from gradwatch.records import (
     Samples,
     StepBatch,
 )
+from gradwatch.storage.events import encode_event
 from gradwatch.storage.layout import GRAD_NORM
 from gradwatch.storage.store import Store
 
@@ -35,6 +38,19 @@ _METRIC_NAMES = {"_timestamp": "time", "train_loss": "loss", "train/loss": "loss
 _PIECE = 2000
 
 
+def import_run(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    step: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Make a run out of a CSV file, or out of a directory of TensorBoard event files; arguments as in `import_csv`."""
+    if Path(source).is_dir():
+        return import_tensorboard(source, path, overwrite=overwrite)
+    return import_csv(source, path, step=step, overwrite=overwrite)
+
+
 def import_csv(
     source: str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -44,6 +60,8 @@ def import_csv(
     overwrite: bool = False,
 ) -> Path:
     """Make a run out of a table with one row per step: an export of gradwatch, of W&B, or any other.
+
+    The detectors look at it at once, as they would have while it was trained.
 
     Args:
         source: The CSV file.
@@ -90,13 +108,22 @@ def import_frame(
     parameters = tuple(Parameter(name, depth=i) for i, name in enumerate(norms))
     numeric = [n for n, parameter in roles.items() if not parameter and _is_numeric(table[n])]
     sampled = {n: part for n in numeric if (part := _statistic_of(str(n), norms)) is not None}
-    info = RunInfo(parameters, framework="import", config={"origin": origin})
+    engine = Engine("default", RunContext(parameters))
+    info = RunInfo(parameters, framework="import", config={"origin": origin, "detectors": engine.config()})
     store = Store(Path(path), info, overwrite=overwrite)
-    try:
+
+    def written() -> Iterator[StepBatch]:
+        columns = _Columns(parameters, norms, sampled, tuple(numeric))
         for low in range(0, len(table), _PIECE):
-            piece = table.iloc[low : low + _PIECE]
-            columns = _Columns(parameters, norms, sampled, tuple(numeric))
-            store.append(_batch(piece, steps[low : low + _PIECE], columns))
+            batch = _batch(table.iloc[low : low + _PIECE], steps[low : low + _PIECE], columns)
+            store.append(batch)
+            yield batch
+
+    try:
+        with np.errstate(all="ignore"):  # as while training: NaN and infinity are what is looked for
+            findings = replay(written(), engine)
+        for finding in findings:
+            store.append_events(encode_event("finding", finding.to_json()))
         store.finish("finished")
     finally:
         store.release()

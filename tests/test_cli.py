@@ -104,6 +104,17 @@ def test_export_writes_csv_to_standard_output(healthy: Path, capsys: pytest.Capt
     assert {"step", "loss", "global_norm"} <= rows[0].keys()
 
 
+def test_everything_can_be_exported_and_imported(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, back = tmp_path / "all.csv", tmp_path / "back"
+
+    assert main(["export", str(healthy), "--what", "everything", "-o", str(table)]) == 0
+    assert main(["import", str(table), str(back)]) == 0
+    assert main(["check", str(back)]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [str(table), str(back)]
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl"])
 def test_export_writes_the_format_that_the_path_ends_in(healthy: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"norms.{kind}"
@@ -201,6 +212,8 @@ def test_list_of_a_directory_without_runs_says_so(tmp_path: Path, capsys: pytest
         (["plot", "RUN", "--type", "gif"], "unknown file type 'gif'"),
         (["export", "RUN", "--what", "lossses"], "unknown table 'lossses'"),
         (["export", "RUN", "--format", "parquet"], "'--out' must be given for Parquet"),
+        (["export", "RUN", "--what", "everything"], "'--out' must be given for everything"),
+        (["import", "/nowhere.csv", "/nowhere/run"], "/nowhere.csv is not a file"),
         (["compare", "RUN"], "'runs' must be two or more runs"),
         (["list", "/nowhere"], "'ROOT' must be a directory"),
         (["report", "RUN", "--format", "pdf"], "'pdf' is not one of"),
@@ -228,6 +241,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "serve",
         "compare",
         "export",
+        "import",
         "check",
         "list",
         "compact",

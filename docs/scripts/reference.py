@@ -1,4 +1,4 @@
-"""Write what the documentation takes from the code: thresholds, formulae and sources, the import graph, the lessons.
+"""Write what the documentation takes from the code: thresholds and sources, the tour of the files, the lessons.
 
 `python docs/scripts/reference.py` renews each part between `<!-- from the code: ... -->` and `<!-- end -->`. A test
 holds the pages to what this would write, so that no number can grow stale.
@@ -11,13 +11,17 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-from gradwatch import actions
-from gradwatch.detectors import CATALOGUE
-
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from gradwatch import actions  # noqa: E402 -- the checkout, also where only the package is installed
+from gradwatch.detectors import CATALOGUE  # noqa: E402
+from tests import test_structure as structure  # noqa: E402
+
 _PART = re.compile(r"(<!-- from the code: (\w+) ?([\w ]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SECTION = re.compile(r"^(Args|Examples|Attributes|Raises):$", re.MULTILINE)
 
@@ -62,20 +66,26 @@ def action(name: str) -> str:
 
 
 def imports(_: str) -> str:
-    """What the folders and larger files at the top of the package import from each other."""
+    """What each part of the package imports from the others, in the rows of the architecture."""
     edges: dict[str, set[str]] = defaultdict(set)
-    package = ROOT / "gradwatch"
-    for file in package.rglob("*.py"):
-        home = file.relative_to(package).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradwatch."):
-                other = str(node.module).split(".")[1]
-                if other != home and not home.startswith("__"):
-                    edges[home].add(other)
-    shown = {"detectors", "diagnosis", "actions", "alerts", "sinks", "backends", "monitor", "watcher", "integrations",
-             "reader", "writer", "storage", "reporters", "run", "cli", "remedies"}  # fmt: skip
-    lines = [f"{home:<12} -> {', '.join(sorted(edges[home] & shown))}" for home in sorted(shown) if edges[home] & shown]
+    for file in structure.FILES:
+        unit = structure.unit_of(structure.module_of(file))
+        edges[unit] |= {structure.unit_of(module) for module in structure.imports(file)} - {unit}
+    lines = []
+    for number, row in enumerate(structure.ROWS, 1):
+        lines += [f"{number:>2}  {unit:<15} {', '.join(sorted(edges[unit]))}".rstrip() for unit in row]
     return "\n".join(["```text", *lines, "```"])
+
+
+def files(folder: str) -> str:
+    """Every file of a folder of the package, in the first sentence of its docstring; without a folder, those on top."""
+    home = structure.sizes.PACKAGE / folder
+    found = home.glob("*.py") if not folder else home.rglob("*.py")
+    rows = ["| file | what it is for |", "| --- | --- |"]
+    for file in sorted(found):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        rows.append(f"| `{file.relative_to(home)}` | {' '.join(docstring.partition(chr(10) * 2)[0].split())} |")
+    return "\n".join(rows)
 
 
 def lesson(title: str) -> str:
@@ -112,7 +122,7 @@ def _shown(value: object) -> str:
     return ", ".join(value) if isinstance(value, (tuple, list)) else repr(value)
 
 
-_PARTS = {"rules": rules, "rule": rule, "action": action, "imports": imports, "lesson": lesson}
+_PARTS = {"rules": rules, "rule": rule, "action": action, "imports": imports, "files": files, "lesson": lesson}
 
 
 def main() -> None:

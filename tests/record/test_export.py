@@ -11,8 +11,9 @@ import pytest
 
 from gradwatch.errors import ConfigurationError, RunExistsError, RunNotFoundError, UnknownNameError
 from gradwatch.export import export_run, to_frame
-from gradwatch.imports import import_csv, import_frame
+from gradwatch.imports import import_csv, import_frame, import_run
 from gradwatch.reader import RunReader
+from gradwatch.reporters.checking import findings_of
 from gradwatch.testing import write_run
 
 
@@ -42,6 +43,23 @@ def test_a_run_survives_export_and_import(run: RunReader, tmp_path: Path) -> Non
     pd.testing.assert_frame_equal(back.grad_norms(), run.grad_norms())
     pd.testing.assert_frame_equal(back.statistic("weight_norm"), run.statistic("weight_norm"))
     pd.testing.assert_series_equal(back.metrics()["loss"], run.metrics()["loss"])
+
+
+@pytest.mark.needs("tensorboard")
+def test_a_run_survives_the_event_files_of_tensorboard(run: RunReader, tmp_path: Path) -> None:
+    back = RunReader(import_run(export_run(run, tmp_path / "tb", format="tensorboard"), tmp_path / "back"))
+
+    pd.testing.assert_frame_equal(back.grad_norms()[list(run.grad_norms())], run.grad_norms())
+    pd.testing.assert_frame_equal(back.statistic("weight_norm"), run.statistic("weight_norm"))
+
+
+def test_an_import_finds_what_a_watched_training_would_have(tmp_path: Path) -> None:
+    run = RunReader(write_run(tmp_path / "run", steps=600, parameters=6, scenario="exploding"))
+
+    back = RunReader(import_run(export_run(run, tmp_path / "run.csv"), tmp_path / "back"))
+
+    found = [(finding.rule, finding.first_step) for finding in back.finding_list()]
+    assert found == [(finding.rule, finding.first_step) for finding in findings_of(run)] != []
 
 
 def test_a_frame_has_a_column_per_statistic_and_name(run: RunReader) -> None:
