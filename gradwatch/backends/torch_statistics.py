@@ -49,7 +49,8 @@ class CpuExtremes:
             line = flat(tensors[place])
             if line.numel():
                 zeros = 1.0 - int(torch.count_nonzero(line)) / len(line)
-                found[:, place] = float(torch.maximum(line.amax(), -line.amin())), zeros, 0.0
+                least, most = torch.aminmax(line)
+                found[:, place] = max(float(most), -float(least)), zeros, 0.0
         for place in np.flatnonzero(~np.isfinite(found[0]) & (found[0] != NOT_MEASURED)).tolist():
             line = flat(tensors[place])
             finite = torch.isfinite(line)

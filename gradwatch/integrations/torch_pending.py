@@ -22,6 +22,8 @@ from gradwatch.rows import global_norm
 _BELIEVE = 3
 #: A coefficient off by more than this was changed by somebody we did not see.
 _OFF = 1e-4
+#: Samples at which we look for changes that leave no trace: so many at first, then one in so many.
+_LOOKS = 5
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Pending:
         self.is_reduced_by_loop = False
         self._unexplained = 0
         self._looks_twice = False
+        self._samples = 0
         self._everything = self._hold_all()
 
     def _hold_all(self) -> Held:
@@ -189,7 +192,7 @@ class Pending:
         if changed and self._unexplained < _BELIEVE:
             self._unexplained += 1
             self._backward.suspect(changed)
-        looks = self._looks_twice or (sample and isinstance(norms, np.ndarray))
+        looks = self._looks_twice or (sample and isinstance(norms, np.ndarray) and self._looks_now())
         reading.now, reading.coefficient = _times(norms, factor), _coefficient(norms, factor)
         if not (changed or looks):
             return reading
@@ -201,6 +204,11 @@ class Pending:
         if changed or self._looks_twice:
             reading.now, reading.coefficient = now, coefficient
         return reading
+
+    def _looks_now(self) -> bool:
+        """Whether to look for changes without a trace at this sample; a loop that makes any does so from the start."""
+        self._samples += 1
+        return self._samples <= _LOOKS or self._samples % _LOOKS == 0
 
     def _extremes_of(self, held: Held, scale: Any) -> Any:
         if self._extremes is None:
