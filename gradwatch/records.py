@@ -77,7 +77,7 @@ class Parameter:
     trainable: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         object.__setattr__(self, "aliases", tuple(self.aliases))
         if not self.layer:
             object.__setattr__(self, "layer", self.name.rpartition(".")[0] or self.name)

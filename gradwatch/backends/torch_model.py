@@ -104,7 +104,8 @@ def clean_name(name: str, prefix: str = "") -> str:
 
 def following_activations(modules: dict[str, nn.Module]) -> dict[str, str]:
     """Layer name to the type of the activation module that follows it in the order of definition."""
-    leaves = [(name, module) for name, module in modules.items() if not any(True for _ in module.children())]
+    parents = {name.rpartition(".")[0] for name in modules if name}
+    leaves = [(name, module) for name, module in modules.items() if name not in parents]
     found: dict[str, str] = {}
     waiting: list[str] = []
     for name, module in leaves:
@@ -113,7 +114,7 @@ def following_activations(modules: dict[str, nn.Module]) -> dict[str, str]:
             waiting = []
         elif isinstance(module, _NORMS):
             waiting.append(name)
-        elif not isinstance(module, _TRANSPARENT) and any(True for _ in module.parameters(recurse=False)):
+        elif not isinstance(module, _TRANSPARENT) and next(module.parameters(recurse=False), None) is not None:
             waiting = [name]
     return found
 
