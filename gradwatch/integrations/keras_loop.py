@@ -146,7 +146,8 @@ class KerasLoopWatcher(KerasWatcher):
 def watch_keras(model: keras.Model, optimizer: Any = None, **settings: Unpack[Options]) -> KerasWatcher:
     """See `gradwatch.watch`.
 
-    With an optimizer, a loop of the user's own that calls it; without, a compiled model's `train_on_batch` and `fit`.
+    With an optimizer, a loop of the user's own that calls it; without, a compiled model's `train_on_batch`. For `fit`
+    there is the callback `GradWatch`.
     """
     if optimizer is None:
         if not model.compiled:
