@@ -33,7 +33,6 @@ def symptoms(finding: Finding, now: Signals, latest: Mapping[str, Finding]) -> S
         stable_rate=now.stable_rate,
         update_ratio=pace.total,
         update_spread=pace.spread,
-        weight_change=pace.weight / pace.first_weight if pace.first_weight > 0 else math.nan,
         first_norm=_exp(opening.total),
         first_matrix_norm=opening.matrices,
         usual_norm=_exp(now.total_level),

@@ -28,10 +28,8 @@ class Pace(Remembers):
         ratio: ‖Δw‖/‖w‖ per layer at the last sample, shape (l,); NaN where unknown.
         total, previous: The same over all layers, at the last sample and the one before; NaN while unknown.
         top_rate: The highest learning rate until 20 steps ago.
-        weight, first_weight: Norm of all matrices at the last and the first sample.
         weight_norm: Last sample per parameter, shape (p,).
         first_zero: Matrices that were all zero at the first sample, shape (p,).
-        samples: How many were taken.
         fresh: Whether this step brought one.
     """
 
@@ -45,9 +43,6 @@ class Pace(Remembers):
     previous = Kept(math.nan)
     weight_norm = PerParameter(math.nan)
     first_zero = PerParameter(False)
-    weight = Kept(math.nan)
-    first_weight = Kept(math.nan)
-    samples = Kept(0)
     looked = Kept(False)
     fresh = Kept(False)
 
@@ -108,10 +103,6 @@ class Pace(Remembers):
             self.ratio = np.sqrt(np.bincount(places, moved, layers) / weight)
         total = float(weight.sum())
         self.previous, self.total = self.total, math.sqrt(moved.sum() / total) if total > 0 else math.nan
-        self.weight = math.sqrt(total)
-        if not self.samples:
-            self.first_weight = self.weight
-        self.samples += 1
         self.fresh = True
 
 

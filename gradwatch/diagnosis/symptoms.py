@@ -31,7 +31,6 @@ class Symptoms:
         stable_rate: The learning rate when the loss was at its best.
         update_ratio: ‖Δw‖/‖w‖ over all matrices at the last sample.
         update_spread: Largest over smallest layer's update ratio at the last sample.
-        weight_change: Norm of all weights over their norm at the first sample.
         first_norm: Global gradient norm of the first step.
         first_matrix_norm: The same over parameters of two or more dimensions.
         usual_norm: Robust mean of the global norm now.
@@ -59,7 +58,6 @@ class Symptoms:
     stable_rate: float = math.nan
     update_ratio: float = math.nan
     update_spread: float = math.nan
-    weight_change: float = math.nan
     first_norm: float = math.nan
     first_matrix_norm: float = math.nan
     usual_norm: float = math.nan

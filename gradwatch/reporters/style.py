@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -18,7 +18,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from gradwatch.errors import UnknownNameError
 from gradwatch.reporters import words
 
-ThemeName = Literal["light", "dark"]
 #: Room of one line of tick label, in points.
 LABEL_POINTS = 8.0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradwatch.records import NOT_MEASURED, Ints, Samples, StepBatch
+from gradwatch.records import Ints, Samples, StepBatch
 from gradwatch.storage.layout import Layout
 
 
@@ -66,8 +66,3 @@ def ascending_runs(steps: Ints) -> list[slice]:
     breaks = np.flatnonzero(np.diff(steps) <= 0) + 1
     edges = [0, *breaks.tolist(), len(steps)]
     return [slice(low, high) for low, high in itertools.pairwise(edges) if high > low]
-
-
-def is_measured(values: object) -> bool:
-    """Whether any value was measured."""
-    return bool((np.asarray(values) != NOT_MEASURED).any())
