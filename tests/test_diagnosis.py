@@ -78,8 +78,25 @@ def test_every_framework_has_every_term() -> None:
         (case("stall"), "learning_rate_small"),
         (case("vanishing", update_spread=1.0, update_ratio=0.05), "weight_decay"),
         (
-            case("exploding", usual_norm=50.0, first_norm=1.0, norm_change=0.001, loss_change=0.1),
+            case("exploding", usual_norm=50.0, first_norm=1.0, steady_share=0.9),
             "gradients_not_cleared",
+        ),
+        (
+            case("exploding", first=0, first_norm=1e5, first_loss=1e6, usual_scale=1.4, parameters=layers(9)),
+            "data_scale",
+        ),
+        (case("update_ratio", first=0, odd_layer="fc2", odd_factor=60.0), "layer_scale"),
+        (case("stall", evidence={"sign": "rate"}), "rate_zero"),
+        (case("dead", replaced=("fc1.bias",)), "weights_replaced"),
+        (
+            case(
+                "nonfinite", evidence={"where": "gradient", "first_bad_layer": "fc1", "finite_layers": ["fc2", "fc3"]}
+            ),
+            "inner_gradient",
+        ),
+        (
+            case("nonfinite", evidence={"where": "gradient", "first_bad_layer": "fc3", "finite_layers": ["fc0"]}),
+            "loss_domain",
         ),
     ],
 )
@@ -96,6 +113,24 @@ def test_advice_speaks_of_the_users_layers_and_framework() -> None:
 def test_advice_names_the_last_stable_learning_rate() -> None:
     symptoms = case("update_ratio", rate_growth=0.05, rate=0.1, stable_rate=2.8e-3)
     assert "use a learning rate of at most 0.0028" in diagnosed(symptoms).advice[0]
+
+
+def test_a_rate_that_rose_is_told_with_where_it_came_from() -> None:
+    symptoms = case("exploding", rate=6.0, stable_rate=0.03, rate_base=0.03, rate_base_step=122)
+    assert "the learning rate is too high (6, up from 0.03 since step 123)" in diagnosed(symptoms).cause
+
+
+def test_a_layer_out_of_scale_is_named_with_how_far_it_is() -> None:
+    symptoms = case("update_ratio", first=0, odd_layer="fc2", odd_factor=1 / 1023)
+    assert diagnosed(symptoms).cause.startswith("the weights of 'fc2' are 1,000 times smaller than those of the other")
+
+
+def test_a_gradient_that_breaks_inside_the_network_is_located_between_two_layers() -> None:
+    evidence = {"where": "gradient", "first_bad_layer": "fc1", "finite_layers": ["fc3", "fc2"]}
+    assert (
+        "finite down to 'fc2', and NaN or infinite from 'fc1' on"
+        in diagnosed(case("nonfinite", evidence=evidence)).cause
+    )
 
 
 def test_clipping_is_advised_with_the_share_of_steps_below() -> None:

@@ -1,4 +1,4 @@
-"""Gradients that grow or shrink exponentially over depth."""
+"""Layers out of balance: gradients that grow or shrink over depth, a layer whose weights are out of scale."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ import numpy as np
 
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept
+from gradwatch.detectors.profile import OPENING
 from gradwatch.detectors.rule import Rule, threshold
+from gradwatch.detectors.scales import LARGE, SMALL
 from gradwatch.detectors.signals import Signals
+from gradwatch.diagnosis.phrases import times
 from gradwatch.records import Finding, Severity
 
 
 @dataclass(kw_only=True, eq=False)
 class Imbalance(Rule):
-    """Log norms lie on a straight line over depth (in order of execution): each layer multiplies the gradient.
+    """Log norms lie on a straight line over depth (in order of execution), or the weights of a layer are out of scale.
 
-    Info from a factor of `ratio` from end to end on. A warning when gradients grow towards the input and the line is
-    there at the first step (the initialisation is to blame: mean-field theory has norms scale as chi^depth, Poole 2016,
-    Schoenholz 2017) or spans `alarm_ratio`; critical when it spans `critical_ratio` at the first step. Gradients that
-    shrink towards the input are `Vanishing`'s to alarm about.
+    On a line each layer multiplies the gradient: info from a factor of `ratio` from end to end on. A warning when
+    gradients grow towards the input and the line is there at the first step (the initialisation is to blame: mean-
+    field theory has norms scale as chi^depth, Poole 2016, Schoenholz 2017) or spans `alarm_ratio`; critical when it
+    spans `critical_ratio` at the first step. Gradients that shrink towards the input are `Vanishing`'s to alarm
+    about.
+
+    A layer is out of scale (a warning) when the root mean square of its weights times the root of their inputs, alike
+    in all layers after variance scaling (Glorot, He), is 30 times the median of the others and updates change it ten
+    times less than them, or when it is a thousandth of the median; until it is within a factor of 10, or of 30. Only
+    linear, convolution and dense layers count. Policies begin their last layer at 1/140 on purpose.
 
     Args:
         ratio: Factor from the last to the first layer along the line.
@@ -49,7 +58,28 @@ class Imbalance(Rule):
     since = Kept(0)
 
     def look(self, now: Signals) -> Sign | None:
-        """A sign while the profile is a steep line."""
+        """A sign while the profile is a steep line or a layer's weights are out of scale."""
+        is_scale = self.life.open and self.life.evidence.get("sign") == "scale"
+        line = None if is_scale else self._line(now)
+        is_line = line is not None or (self.life.open and not is_scale)
+        return line if is_line or not now.scales.odd else self._scale(now)
+
+    def _scale(self, now: Signals) -> Sign:
+        odd, factor = now.scales.odd, now.scales.factor
+        layers = np.array([name == odd for name in now.context.layers.names])
+        others = float(np.nanmedian(now.pace.ratio[~layers]))
+        is_early = now.index < OPENING
+        return Sign(
+            severity="warning", badness=abs(math.log(factor)), value=factor, layers=layers,
+            threshold=LARGE if factor > 1 else 1 / SMALL, since=now.step - now.index if is_early else None,
+            facts=lambda: {
+                "sign": "scale", "first_bad_layer": odd,
+                "ratio": float(now.pace.ratio[layers][0]), "other_ratio": others,
+                "direction": "grow" if factor > 1 else "shrink", "at_start": is_early,
+            },
+        )  # fmt: skip
+
+    def _line(self, now: Signals) -> Sign | None:
         profile = now.profile
         if len(now.logs) < self.layers or abs(profile.drop) < math.log(self.ratio) or profile.fit < self.fit:
             self.count = 0
@@ -81,6 +111,13 @@ class Imbalance(Rule):
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""
         facts = finding.evidence
+        if facts.get("sign") == "scale":
+            odd = facts.get("first_bad_layer")
+            return (
+                f"The weights of {odd!r} are {times(finding.value)} than those of the other layers, "
+                f"measured for their shape: an update changes it by {facts.get('ratio', math.nan):.1g} of their norm, "
+                f"the others by {facts.get('other_ratio', math.nan):.1g}."
+            )
         verb = "grow" if facts.get("direction") == "grow" else "shrink"
         return (
             f"Gradients {verb} {finding.value:.3g} times per layer towards the input since step {finding.first_step}: "

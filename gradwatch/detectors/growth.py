@@ -18,6 +18,9 @@ from gradwatch.detectors.signals import Signals
 from gradwatch.detectors.trend import WINDOW
 from gradwatch.records import Finding
 
+#: An explosion is not over while the loss is this share of its first value above its best.
+BACK = 0.1
+
 
 @dataclass(kw_only=True, eq=False)
 class Exploding(Rule):
@@ -27,7 +30,8 @@ class Exploding(Rule):
 
     - *level* (critical): the global norm is `ratio` times above the highest that its robust baseline has been,
       `patience` steps in a row. The baseline is a clipped running mean over 50 steps (Huber's psi at 3 mean
-      deviations): it follows warm-up and decay and hardly notices a spike.
+      deviations): it follows warm-up and decay and hardly notices a spike. Once found, it is held against what was
+      usual before, until the loss is back at its best: a run that got used to its explosion has not recovered.
     - *drift* (warning): a layer's slope against the median layer over 48 steps is `growth` a step or more, adds up to
       `rise` nats, is `certainty` standard errors from zero, comes from both halves of the window, and is twice as steep
       as slopes have usually been in this run. Growth of 3 % a step is found after about 50 steps; rules that hold a
@@ -61,6 +65,7 @@ class Exploding(Rule):
     count = Kept(0)
     since = Kept(0)
     huge = Kept(0)
+    usual = Kept(math.nan)
     drift = Part(Drift)
 
     def look(self, now: Signals) -> Sign | None:
@@ -68,8 +73,10 @@ class Exploding(Rule):
         return self._level(now) or self._size(now) or self._drift(now)
 
     def _level(self, now: Signals) -> Sign | None:
-        excess = now.above_peak - math.log(self.ratio)
-        if not excess > 0:
+        if not (self.life.open and now.course.above_best > BACK):
+            self.usual = now.peak
+        above = now.above_peak + now.peak - self.usual
+        if not above > math.log(self.ratio):
             self.count = 0
             return None
         self.count += 1
@@ -81,13 +88,13 @@ class Exploding(Rule):
         layers = scores > math.log(self.ratio)
         return Sign(
             severity="critical",
-            badness=now.above_peak,
-            value=wording.exp(now.above_peak),
+            badness=above,
+            value=wording.exp(above),
             threshold=self.ratio,
             layers=layers,
             scores=scores,
             since=self.since,
-            facts=lambda: {"sign": "level", "norm": wording.exp(now.total), "usual_norm": wording.exp(now.peak)},
+            facts=lambda: {"sign": "level", "norm": wording.exp(now.total), "usual_norm": wording.exp(self.usual)},
         )
 
     def _size(self, now: Signals) -> Sign | None:

@@ -13,6 +13,11 @@ from gradwatch.detectors.rule import Rule, threshold
 from gradwatch.detectors.signals import Signals
 from gradwatch.records import Finding, Severity
 
+#: A loss this share of its first value above its best does not stand still: it has diverged.
+FAR = 1.0
+#: So much of the first loss may be lost by the first steps alone, such as the output's bias, before anything is learnt.
+EARLY = 0.1
+
 
 @dataclass(kw_only=True, eq=False)
 class Divergence(Rule):
@@ -111,10 +116,11 @@ class Divergence(Rule):
 class Plateau(Rule):
     """The loss has not improved for many steps.
 
-    A warning when it never has: less than `learnt` of the first loss was lost in `patience` steps, and the mean loss
-    stays within its noise. Info when it has learnt before and then stopped: that is how training ends. Patience is long
-    because healthy networks stand on plateaus of hundreds of steps at their start. (SageMaker's LossNotDecreasing: 10
-    steps.)
+    A warning when it never has: less than `learnt` of the first loss was lost in `patience` steps, or since step 50
+    where it lost less than a tenth until then, and the mean loss stays within its noise since. Not while the loss
+    is far above its best, which is `Divergence`. Info when it has learnt before and then stopped: that is how
+    training ends. Patience is long because healthy networks stand on plateaus of hundreds of steps at their start.
+    (SageMaker's LossNotDecreasing: 10 steps.)
 
     Args:
         patience: Steps.
@@ -133,10 +139,11 @@ class Plateau(Rule):
     def look(self, now: Signals) -> Sign | None:
         """A sign while there is no new best."""
         course = now.course
-        if course.seen < self.patience or now.step - course.best_step < self.patience // 2:
+        if course.seen < self.patience or now.step - course.best_step < self.patience // 2 or course.above_best > FAR:
             return None
         flat = course.worst - course.best < 2 * course.noise + 0.01 * course.scale and course.noise < 0.3 * course.scale
-        severity: Severity = "warning" if course.fallen < self.learnt and flat else "info"
+        little = course.fallen < self.learnt or (course.fallen < EARLY and course.fallen_late < self.learnt)
+        severity: Severity = "warning" if little and flat else "info"
         if severity == "info" and now.step - course.best_step < self.patience:
             return None
         stale = now.step - course.best_step

@@ -9,6 +9,8 @@ from gradwatch.detectors.recent import Recent
 
 #: The median of so many first losses is where the loss began.
 OPENING = 5
+#: By then a loss has left behind what only its first weights made of it.
+SETTLED = 50
 
 
 class LossCourse(Remembers):
@@ -18,7 +20,9 @@ class LossCourse(Remembers):
         seen: Finite losses so far.
         start: Lower median of the first five.
         fast, slow: Means over about 10 and 50 steps.
-        best, worst: The least and the greatest `fast` so far; the best was reached at `best_step`.
+        best: The least `fast` so far, reached at `best_step`.
+        worst: The greatest `fast` since then.
+        settled: `fast` after 50 losses; NaN before.
         noise: Running mean of the change from step to step.
         lag1, lag2, power: Running products of the deviation from `fast` with itself one step, two steps and none
             before.
@@ -32,6 +36,7 @@ class LossCourse(Remembers):
     best = Kept(math.inf)
     best_step = Kept(0)
     worst = Kept(-math.inf)
+    settled = Kept(math.nan)
     noise = Kept(0.0)
     last = Kept(math.nan)
     before = Kept([0.0, 0.0])
@@ -54,6 +59,11 @@ class LossCourse(Remembers):
     def fallen(self) -> float:
         """The share of its first value that the loss lost at its best, beyond its noise; 0 while unknown."""
         return (self.start - self.best - 0.6 * self.noise) / self.scale if self.seen else 0.0
+
+    @property
+    def fallen_late(self) -> float:
+        """The same of what it lost since its first 50 steps; NaN before."""
+        return (self.settled - self.best - 0.6 * self.noise) / self.scale
 
     @property
     def above_best(self) -> float:
@@ -86,10 +96,13 @@ class LossCourse(Remembers):
         self.slow += max(0.02, 1 / self.seen) * (loss - self.slow)
         self.last = loss
         self.recent.add(loss)
-        if self.seen >= OPENING and self.fast < self.best:
-            self.best, self.best_step = self.fast, step
+        if self.seen == SETTLED:
+            self.settled = self.fast
         if self.seen >= OPENING:
             self.worst = max(self.worst, self.fast)
+        if self.seen >= OPENING and self.fast < self.best:
+            self.best = self.worst = self.fast
+            self.best_step = step
 
     def _correlate(self, deviation: float) -> None:
         one, two = self.before

@@ -14,6 +14,7 @@ from gradwatch.detectors.pace import Pace
 from gradwatch.detectors.past import Opening, Sizes
 from gradwatch.detectors.profile import DepthProfile
 from gradwatch.detectors.recent import Recent
+from gradwatch.detectors.scales import Scales
 from gradwatch.detectors.trend import Trend
 from gradwatch.records import DISCARDED, NOT_MEASURED, SKIP_REASONS, Floats, StepBatch
 
@@ -25,11 +26,13 @@ CLIP = 3.0
 LEAST_SPREAD = 0.05
 #: A global norm counts as the run's own scale after this many steps.
 SETTLED = 5
+#: The norm of a sum of many gradients hardly differs between batches whose losses do: at most so much of their change.
+STEADY = 0.2
 
 
 _NO_SAMPLES: dict[str, Floats] = {}
 #: What may have happened at a step that wakes a rule: bits of `Signals.events`.
-EVERY_STEP, SAMPLE, DAMAGE, SCALE = 1, 2, 4, 8
+EVERY_STEP, SAMPLE, DAMAGE, SCALE, IDLE = 1, 2, 4, 8, 16
 
 
 class Signals(Remembers):
@@ -49,6 +52,7 @@ class Signals(Remembers):
         level, spread: Robust running mean of `logs` and of its absolute deviation, shape (l,).
         total_level, total_spread: The same of `total`.
         total_change: Mean change of `total` from step to step.
+        steady: Steps at which the norm had been changing less than `STEADY` times as much as the loss.
         peak: The highest that `total_level` has been.
         loss: The loss of this step; NaN where not known. `has_loss` tells a NaN loss from none.
         opening, sizes: What the first step showed; the distribution of the global norm.
@@ -58,7 +62,8 @@ class Signals(Remembers):
         samples: Statistics taken at this step, name to row.
         discarded: Whether a loss that was not finite came before this step, and the loop took no step with it.
         events: `SAMPLE` where there are any, `DAMAGE` where a layer is not clean, the loss is not finite or the step
-            was skipped, `SCALE` where the gradient was scaled, and always `EVERY_STEP`.
+            was skipped, `SCALE` where the gradient was scaled, `IDLE` where the learning rate is 0, and always
+            `EVERY_STEP`.
     """
 
     index = Kept(0)
@@ -71,11 +76,13 @@ class Signals(Remembers):
     total_change = Kept(math.nan)
     total_last = Kept(math.nan)
     total_seen = Kept(0)
+    steady = Kept(0)
     peak = Kept(-math.inf)
     course = Part(LossCourse)
     trend = Part(Trend)
     profile = Part(DepthProfile)
     pace = Part(Pace)
+    scales = Part(Scales)
     totals = Part(Recent)
     opening = Part(Opening)
     sizes = Part(Sizes)
@@ -118,9 +125,11 @@ class Signals(Remembers):
             is_lost = self.discarded or (self.has_loss and not math.isfinite(self.loss))
             is_damaged = not self.clean or reasons[i] or is_lost
             self.events = EVERY_STEP | (SAMPLE if self.samples else 0) | (DAMAGE if is_damaged else 0)
-            self.events |= SCALE if self.scale > 0 else 0
-            rate = rates[i] if rates[i] != NOT_MEASURED else math.nan
-            self._take(rate * factors[i] if factors[i] != NOT_MEASURED and factors[i] == factors[i] else rate)
+            given = rates[i] if rates[i] != NOT_MEASURED else math.nan
+            rate = given * factors[i] if factors[i] != NOT_MEASURED and factors[i] == factors[i] else given
+            self.events |= (SCALE if self.scale > 0 else 0) | (IDLE if rate == 0 else 0)
+            self.pace.schedule(given, step)
+            self._take(rate)
             yield self
             self._learn()
 
@@ -129,8 +138,10 @@ class Signals(Remembers):
         if math.isfinite(self.loss):
             self.course.add(self.loss, self.step)
             if self.course.best_step == self.step or self.index == 0:
-                self.stable_rate = rate
-        self.pace.add(rate, self.samples)
+                self.stable_rate = self.pace.rate if self.index else rate  # this loss came of the step before
+        self.pace.add(rate, self.samples, self.step)
+        if self.pace.fresh:
+            self.scales.add(self.pace.weight_norm, self.pace.ratio)
         if self.skipped == "grad_scaler":
             return
         self.totals.add(self.total)
@@ -181,6 +192,7 @@ class Signals(Remembers):
             return
         weight = max(BASELINE_WEIGHT, 1 / self.total_seen)
         self.total_change += weight * (min(abs(self.total - self.total_last), 1.0) - self.total_change)
+        self.steady += self.total_change * abs(self.course.fast) < STEADY * self.course.noise  # false of NaN
         self.total_last = self.total
         change = self.total - self.total_level
         size = abs(change)

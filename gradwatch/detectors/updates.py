@@ -13,7 +13,7 @@ from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.life import Sign
 from gradwatch.detectors.memory import Kept, PerLayer
 from gradwatch.detectors.rule import Rule, threshold
-from gradwatch.detectors.signals import SAMPLE, Signals
+from gradwatch.detectors.signals import IDLE, SAMPLE, Signals
 from gradwatch.records import Finding
 
 
@@ -139,15 +139,18 @@ class Stall(Rule):
     """Weights hardly move although there is a gradient and nothing was learnt.
 
     A warning when in `samples` samples running a layer's update ratio is below `layer_low`, or all layers' is below
-    `low`, or half-precision weights move less than their resolution allows (`coarse`; bfloat16 rounds changes below 0.4
-    % away unless they add up first). Not while the learning rate rises (warm-up) or is zero, nor once the loss has
-    fallen by half. Counterpart of SageMaker's UnchangedTensor and of the small side of its WeightUpdateRatio (1e-8).
+    `low`, or half-precision weights move less than their resolution allows (`coarse`; bfloat16 rounds changes below
+    0.4 % away unless they add up first). Not while the learning rate rises (warm-up), nor once the loss has fallen
+    by half. A warning too when the learning rate is exactly 0 for `idle` steps and no sampled weight moves,
+    whatever was learnt: the steps from then on are for nothing. Counterpart of SageMaker's UnchangedTensor and of
+    the small side of its WeightUpdateRatio (1e-8).
 
     Args:
         low: Ratio over all layers.
         layer_low: Ratio of a layer.
         coarse: Ratio of layers in bfloat16 or float16.
         samples: Samples in a row.
+        idle: Steps in a row with a learning rate of 0. Warm-up begins with one such step, linear decay ends with one.
         calm: Steps without a sign until the finding resolves.
 
     False alarms: without a logged loss, none is raised after the start, for a converged model stalls too.
@@ -157,11 +160,12 @@ class Stall(Rule):
     layer_low: float = threshold(1e-8, above=0.0)
     coarse: float = threshold(1e-4, above=0.0)
     samples: int = threshold(3, least=1)
+    idle: int = threshold(25, least=1)
     calm: int = threshold(30, least=1)
 
     rule: ClassVar[str] = "stall"
     rules: ClassVar[tuple[str, ...]] = ("stall",)
-    wakes_on: ClassVar[int] = SAMPLE
+    wakes_on: ClassVar[int] = SAMPLE | IDLE
     count = PerLayer(0)
     since = Kept(0)
 
@@ -185,6 +189,8 @@ class Stall(Rule):
         pace = now.pace
         if pace.fresh:
             self._sample(now)
+        if pace.idle >= self.idle and not pace.total > 0:  # true of NaN
+            return self._rate(now)
         layers = self.count >= self.samples
         if not layers.any():
             return None
@@ -197,6 +203,13 @@ class Stall(Rule):
                 "lr": pace.rate if pace.rate > 0 else None, "everywhere": bool(layers.all()),
                 "rounded": bool((layers & self._coarse).any()), "ratio": pace.total,
             },
+        )  # fmt: skip
+
+    def _rate(self, now: Signals) -> Sign:
+        pace = now.pace
+        return Sign(
+            severity="warning", badness=math.log(pace.idle), value=0.0, threshold=0.0, since=now.step - pace.idle + 1,
+            facts=lambda: {"sign": "rate", "lr": 0.0, "earlier_lr": pace.rates[-1] if pace.rates else None},
         )  # fmt: skip
 
     def _sample(self, now: Signals) -> None:
@@ -218,6 +231,10 @@ class Stall(Rule):
 
     def words(self, finding: Finding) -> str:
         """One sentence for a person."""
+        if finding.evidence.get("sign") == "rate":
+            earlier = finding.evidence.get("earlier_lr")
+            was = f", after {earlier:.3g}" if earlier else ""
+            return f"The learning rate is exactly 0 since step {finding.first_step}{was}: no weight has moved since."
         everywhere = finding.evidence.get("everywhere")
         place = "the weights" if everywhere else f"the weights{wording.where(finding)}"
         much = f"by only {finding.value:.1g} of their norm" if finding.value > 0 else "not at all"

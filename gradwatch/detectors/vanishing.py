@@ -31,8 +31,8 @@ class Vanishing(Rule):
     - *depth* (warning; critical when nothing was learnt after 50 steps): smoothed norms of layers are below `ratio`
       times the largest norm of the layers after them, in order of execution, for `patience` steps (3 when below
       `extreme`), and not recovering. AUTOTRAINER takes 1e-3 for the first layer over the last; healthy deep networks
-      pass through that in their first steps, none went below 1e-4. Once found it holds until all norms are
-      above ten times `ratio`, also while the loss falls: later layers learn without those before them.
+      pass through that in their first steps, none went below 1e-4. Once found, by whatever sign, it holds
+      until all norms are above ten times `ratio`, also while the loss falls: later layers learn without the first.
     - *collapse* (warning): the global norm fell below `collapse` times its usual size while the loss has hardly fallen,
       or is stuck above half of where it began although it differs between batches.
     - *drift* (warning): as in `Exploding`, downwards.
@@ -82,7 +82,7 @@ class Vanishing(Rule):
         gap, worst = now.profile.gap, now.profile.deepest
         self.starved = self.starved and self.life.open
         enough = self.ratio * RELIEF if self.starved else self.ratio
-        if worst < -math.log(enough) or (now.course.fallen > self.learnt and not self.starved):
+        if worst < -math.log(enough) or (now.course.fallen > self.learnt and not self.life.open):
             self.low_count = 0
             return None
         self.low_count += 1

@@ -37,6 +37,14 @@ CAUSES: dict[str, Cause] = {
             "use an optimizer with steps of its own scale, such as Adam",
         ),
     ),
+    "rate_zero": Cause(
+        "the learning rate is exactly 0{earlier_rate}: no update changes a weight",
+        (
+            "look at the scheduler: its number of steps, its end value, whether it counts epochs or steps",
+            "look for code that writes 0 into the optimizer's parameter groups",
+            "stop the run here: the steps from then on changed nothing",
+        ),
+    ),
     "gradients_not_cleared": Cause(
         "gradients are never cleared: each is added to all before it, so the norm grows and "
         "hardly differs between batches",
@@ -69,6 +77,14 @@ CAUSES: dict[str, Cause] = {
             "try gw.preflight on one batch: it shows the gain of every layer",
         ),
     ),
+    "layer_scale": Cause(
+        "the weights of {odd} are {odd_times} than those of the other layers, measured for their shape",
+        (
+            "initialise {odd} like the other layers, with {kaiming}; look for code that scales or loads its weights",
+            "put {norm} after it",
+            "try gw.preflight on one batch: it shows the gain of every layer",
+        ),
+    ),
     "saturating_activation": Cause(
         "a saturating activation{activation} in {depth}: its slope is at most {slope} and nearly 0 at its ends",
         (
@@ -91,6 +107,14 @@ CAUSES: dict[str, Cause] = {
             "replace ReLU in {layers} by {leaky}",
             "lower the learning rate{rate_now}: one large step is enough to kill units",
             "initialise with {kaiming} and small positive or zero biases",
+            "reset the dead layers: gw.Reinitialize does it in the running training",
+        ),
+    ),
+    "weights_replaced": Cause(
+        "{replaced} changed from outside {between}, far more than the optimizer's updates could",
+        (
+            "look for what writes to it there: a loaded checkpoint, weights set by hand, an average swapped in",
+            "go back to weights from before: gw.Rollback, or the last checkpoint",
             "reset the dead layers: gw.Reinitialize does it in the running training",
         ),
     ),
@@ -154,6 +178,15 @@ CAUSES: dict[str, Cause] = {
         (
             "use {logits}: it never takes the logarithm of a rounded probability",
             "add an epsilon inside log, sqrt and divisions, or clamp their arguments",
+            "find the operation: torch.autograd.detect_anomaly() for one step",
+        ),
+    ),
+    "inner_gradient": Cause(
+        "an operation inside the network has no finite slope: the gradient is finite down to {last_finite}, and NaN or "
+        "infinite from {first_bad} on",
+        (
+            "look at what follows {first_bad} in forward: sqrt, norm or log of 0, a division by 0, exp that overflows",
+            "add an epsilon inside it or clamp its input (torch.where does not help: its other branch is computed)",
             "find the operation: torch.autograd.detect_anomaly() for one step",
         ),
     ),

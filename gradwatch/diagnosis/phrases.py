@@ -68,7 +68,7 @@ def advice_for(cause: Cause, symptoms: Symptoms, *, framework: str) -> tuple[str
 def _fields(symptoms: Symptoms, framework: str) -> dict[str, str]:
     terms = TERMS.get(framework.partition("-")[0], TERMS[""])
     clip, below = _clip(symptoms)
-    fields = {**terms, **_layers(symptoms), **_rates(symptoms), **_steps(symptoms)}
+    fields = {**terms, **_layers(symptoms), **_rates(symptoms), **_steps(symptoms), **_places(symptoms)}
     fields |= {"clip_call": terms["clipping"].format(clip=clip or "1.0")}
     if clip:
         fields |= {"clip": clip, "below": below}
@@ -93,6 +93,17 @@ def _clip(symptoms: Symptoms) -> tuple[str, str]:
     return (_rounded(symptoms.norm_quantile), "95%") if usual else ("", "")
 
 
+def times(factor: float) -> str:
+    """How many times larger or smaller something is, with the digits that count.
+
+    Examples:
+        >>> times(59.7), times(1 / 1023)
+        ('60 times larger', '1,000 times smaller')
+    """
+    size = float(f"{max(factor, 1 / factor):.2g}")
+    return f"{size:,.0f} times {'larger' if factor > 1 else 'smaller'}"
+
+
 def _rounded(value: float) -> str:
     """One digit that counts, without an exponent where a person would write none."""
     rounded = float(f"{value:.0e}")
@@ -100,7 +111,13 @@ def _rounded(value: float) -> str:
 
 
 def _rates(symptoms: Symptoms) -> dict[str, str]:
-    fields = {"rate_now": f" ({symptoms.rate:.2g})" if symptoms.rate > 0 else "", "ratio": ""}
+    fields = {"rate_now": "", "ratio": "", "earlier_rate": ""}
+    if symptoms.rate > 0:
+        rose = symptoms.rate_rising or symptoms.rate_jumped
+        since = f", up from {symptoms.rate_base:.2g} since step {symptoms.rate_base_step + 1}"
+        fields["rate_now"] = f" ({symptoms.rate:.2g}{since if rose and symptoms.rate_base > 0 else ''})"
+    if symptoms.earlier_rate > 0:
+        fields["earlier_rate"] = f" since step {symptoms.finding.first_step} (it was {symptoms.earlier_rate:.2g})"
     if symptoms.update_ratio > 0.03:
         fields["ratio"] = f": an update changed the weights by {symptoms.update_ratio:.0%} of their norm"
     if symptoms.rate_rising and symptoms.stable_rate > 0:
@@ -118,6 +135,19 @@ def _layers(symptoms: Symptoms) -> dict[str, str]:
         "activation": f" ({kind})" if kind else "",
         "activation_name": kind or "the saturating activation",
         "slope": SLOPES.get(kind, "1"),
+    }
+
+
+def _places(symptoms: Symptoms) -> dict[str, str]:
+    """The layers and parameters that a cause points at."""
+    before, after = symptoms.replaced_at
+    return {
+        "odd": repr(symptoms.odd_layer),
+        "odd_times": times(symptoms.odd_factor),
+        "replaced": listing(symptoms.replaced, [p.name for p in symptoms.parameters]),
+        "between": f"between steps {before} and {after}",
+        "first_bad": repr(symptoms.evidence.get("first_bad_layer", "")),
+        "last_finite": repr(symptoms.last_finite),
     }
 
 

@@ -28,14 +28,16 @@ class Symptoms:
         rate: Learning rate in force.
         rate_growth: Its growth per step, nats.
         rate_jump: Highest learning rate of the last 20 steps over their median.
-        stable_rate: The learning rate when the loss was at its best.
+        rate_base, rate_base_step: The scheduler's rate before it last began to rise, and the last step with it.
+        earlier_rate: The last learning rate above 0.
+        stable_rate: The learning rate that led to the best loss.
         update_ratio: ‖Δw‖/‖w‖ over all matrices at the last sample.
         update_spread: Largest over smallest layer's update ratio at the last sample.
         first_norm: Global gradient norm of the first step.
         first_matrix_norm: The same over parameters of two or more dimensions.
         usual_norm: Robust mean of the global norm now.
         norm_rise: How far the last global norm was above it, nats.
-        norm_change, loss_change: Mean change of the global norm and of the loss from step to step, in shares of them.
+        steady_share: Share of the steps at which the global norm changed far less from batch to batch than the loss.
         norm_quantile: The norm that 95 % of the steps stayed below.
         below_one: Share of the steps whose global norm was below 1.
         first_drop: How far the first step's gradients fell from output to input along a straight line, nats; negative
@@ -44,6 +46,10 @@ class Symptoms:
         first_input_ratio: Gradient norm of the first layer over the second's at the first step.
         first_loss: Loss at the start.
         least_loss: The least loss lately, over the loss at the start.
+        odd_layer: The layer whose weights are out of scale; empty where none is.
+        odd_factor: Their scale over that of its peers.
+        usual_scale: The median scale of the layers' weights, as in `detectors.scales`; 1.41 after He initialisation.
+        replaced: Parameters that changed from outside between two samples, taken after steps `replaced_at`.
         zero_weights: Layers whose weights were all zero.
         saturated, dead: Modules with mostly saturated, or never active units.
         step: The step of the diagnosis.
@@ -55,6 +61,9 @@ class Symptoms:
     rate: float = math.nan
     rate_growth: float = 0.0
     rate_jump: float = 1.0
+    rate_base: float = math.nan
+    rate_base_step: int = 0
+    earlier_rate: float = math.nan
     stable_rate: float = math.nan
     update_ratio: float = math.nan
     update_spread: float = math.nan
@@ -62,8 +71,7 @@ class Symptoms:
     first_matrix_norm: float = math.nan
     usual_norm: float = math.nan
     norm_rise: float = math.nan
-    norm_change: float = math.nan
-    loss_change: float = math.nan
+    steady_share: float = 0.0
     norm_quantile: float = math.nan
     below_one: float = math.nan
     first_drop: float = 0.0
@@ -71,6 +79,11 @@ class Symptoms:
     first_input_ratio: float = math.nan
     first_loss: float = math.nan
     least_loss: float = math.nan
+    odd_layer: str = ""
+    odd_factor: float = 1.0
+    usual_scale: float = math.nan
+    replaced: tuple[str, ...] = ()
+    replaced_at: tuple[int, int] = (0, 0)
     zero_weights: tuple[str, ...] = ()
     saturated: tuple[str, ...] = ()
     dead: tuple[str, ...] = ()
@@ -205,8 +218,8 @@ class Symptoms:
 
     @property
     def gradients_pile_up(self) -> bool:
-        """The norm has grown, and changes far less from step to step than the loss: gradients are summed."""
-        return self.usual_norm > 10 * self.first_norm and self.norm_change < 0.2 * self.loss_change
+        """The norm has grown, and mostly changed far less from step to step than the loss: gradients are summed."""
+        return self.usual_norm > 4 * self.first_norm and self.steady_share > 0.5
 
     @property
     def drifted(self) -> bool:
@@ -247,6 +260,34 @@ class Symptoms:
     def gradient_not_finite(self) -> bool:
         """The loss is finite but its gradient is not."""
         return self.evidence.get("where") == "gradient"
+
+    @property
+    def last_finite(self) -> str:
+        """The layer after the first bad one, where its gradient was still finite; empty where there is none."""
+        place = {name: i for i, name in enumerate(self.layers)}
+        first_bad = place.get(str(self.evidence.get("first_bad_layer")), len(place))
+        finite = [name for name in self.evidence.get("finite_layers", ()) if place.get(name, -1) > first_bad]
+        return min(finite, key=place.__getitem__, default="")
+
+    @property
+    def begins_inside(self) -> bool:
+        """The gradient is finite in layers after the first bad one."""
+        return self.gradient_not_finite and bool(self.last_finite)
+
+    @property
+    def odd_scale(self) -> bool:
+        """The weights of one layer are out of scale."""
+        return bool(self.odd_layer)
+
+    @property
+    def ordinary_weights(self) -> bool:
+        """Most layers' weights are no larger than an ordinary initialisation makes them."""
+        return self.usual_scale < 1.8
+
+    @property
+    def replaced_weights(self) -> bool:
+        """Weights changed far more than updates could."""
+        return bool(self.replaced)
 
     @property
     def recurs(self) -> bool:

@@ -139,9 +139,10 @@ def _finding(chapter: Chapter, summary: Summary) -> dict[str, Any]:
         ("cause", words.visible(lead.cause)),
         ("advice", "; ".join(words.visible(a) for a in lead.advice)),
     )
-    title = " ".join(filter(None, (words.phrase(chapter.rule), chapter.where(n_layers))))
+    title = " ".join(filter(None, (chapter.phrase, chapter.where(n_layers))))
     shown = [(name, text) for name, text in rows if text]
-    return {"severity": chapter.severity, "title": title, "when": chapter.when(), "rows": shown}
+    is_told = chapter is summary.root or (summary.root is None and chapter is summary.chapters[0])
+    return {"severity": chapter.severity, "title": title, "when": chapter.when(), "rows": shown, "open": is_told}
 
 
 def _value(value: Any) -> str:

@@ -28,7 +28,7 @@ class RunRow:
         status: running, finished or crashed.
         steps: How many are recorded.
         loss: The last finite loss.
-        worst: The verdict's headline, or why the run cannot be read.
+        worst: The verdict's headline, why it crashed, or why it cannot be read; empty for a run that is well.
         severity: Of the worst finding; empty without one.
         heartbeat: Unix time of the last sign of life.
     """
@@ -72,7 +72,8 @@ def describe(path: Path, root: Path) -> RunRow:
     return RunRow(
         name, path, summary.verdict.state, summary.status, summary.numbers.steps,
         loss=summary.numbers.loss[1] if summary.numbers.loss else None,
-        worst=summary.verdict.headline if summary.root else "", severity=summary.root.severity if summary.root else "",
+        worst=summary.verdict.headline if summary.root else words.visible(summary.info.status_detail),
+        severity=summary.root.severity if summary.root else "",
         heartbeat=summary.info.heartbeat,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from gradwatch.reporters.binning import Array, Band
 from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.figures.depth import chosen_bins, slope
 from gradwatch.reporters.figures.heatmap import colour_scale, spans
-from gradwatch.reporters.figures.timeline import LR_SPREAD
+from gradwatch.reporters.figures.timeline import reads_logarithmic
 from gradwatch.reporters.story import Chapter
 from gradwatch.reporters.summary import Summary
 
@@ -61,8 +61,9 @@ def page_data(summary: Summary, whole: Digest, closeup: Digest | None) -> dict[s
 
 
 def _panel(digest: Digest, label: str, series: tuple[tuple[str, str, int, str], ...]) -> dict[str, Any]:
-    log = _spread(digest, series[0][0], factor=LR_SPREAD if label == "lr" else 20)
-    return {"label": label, "series": series, "log": log}
+    name = series[0][0]
+    band = digest.metric(name)
+    return {"label": label, "series": series, "log": band is not None and reads_logarithmic(name, band)}
 
 
 def _fit(digest: Digest, rows: list[int]) -> dict[str, str] | None:
@@ -97,15 +98,6 @@ def _band(band: Band) -> dict[str, str]:
     return {"low": packed(band.low), "mid": packed(band.mid), "high": packed(band.high)}
 
 
-def _spread(digest: Digest, name: str, *, factor: float) -> bool:
-    """Whether a logarithmic axis shows the metric better: all above 0, and more than a factor between them."""
-    band = digest.metric(name)
-    if band is None:
-        return False
-    low, high = np.nanmin(band.low), np.nanmax(band.high)
-    return bool(low > 0 and high > factor * low)
-
-
 def _gravest(summary: Summary) -> list[Chapter]:
     shown = [c for c in summary.chapters if c.severity != "info"]
     return sorted(shown, key=lambda c: (c.severity == "critical", -c.first_step))[-MOST_FINDINGS:]
@@ -128,7 +120,7 @@ def _onset(summary: Summary) -> dict[str, Any] | None:
     lasts = summary.trouble.is_open or root.last_step > root.first_step
     at = f"step {words.step(root.first_step)}"
     return {
-        "step": root.first_step, "severity": root.severity, "text": f"{words.phrase(root.rule)}: {at}", "short": at,
+        "step": root.first_step, "severity": root.severity, "text": f"{root.phrase}: {at}", "short": at,
         "lasts": lasts,
     }  # fmt: skip
 

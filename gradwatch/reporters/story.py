@@ -33,6 +33,11 @@ class Chapter:
         return self.findings[0].rule
 
     @property
+    def phrase(self) -> str:
+        """What it says about the run, as the start of a sentence."""
+        return words.phrase(self.rule, self.findings[0].evidence.get("sign"))
+
+    @property
     def severity(self) -> Severity:
         """The gravest of its findings' severities."""
         return max((f.severity for f in self.findings), key=_RANK.__getitem__)
@@ -66,6 +71,11 @@ class Chapter:
         return str(self.findings[0].evidence.get("first_bad_layer") or "")
 
     @property
+    def came_with_the_loss(self) -> bool:
+        """Whether the loss went bad first: no layer is then worse than another."""
+        return self.findings[0].evidence.get("where") == "loss"
+
+    @property
     def lead(self) -> Finding:
         """The gravest finding, the first one where several are: it speaks for the chapter."""
         return max(self.findings, key=lambda f: (_RANK[f.severity], -f.first_step))
@@ -92,6 +102,8 @@ class Chapter:
         if len(layers) <= 2:
             return f"in {words.listing(layers)}"
         count = f"all {len(layers):,d} layers" if len(layers) == n_layers else f"{len(layers):,d} layers"
+        if self.came_with_the_loss:
+            return f"in {count}"
         first = self.origin or len({f.first_step for f in self.findings}) > 1
         return f"in {count}, {'first' if first else 'worst'} in {words.shorten(layers[0], 48)}"
 
@@ -186,10 +198,10 @@ def trouble(all_chapters: Sequence[Chapter], *, gap: int = 20) -> Trouble | None
     same.sort(key=lambda c: _by_time(c.findings[0]))
     start = same.index(main)
     for i in reversed(range(start)):
-        if _reach(same[i]) + gap >= same[start].first_step:
+        if _lasting(same[i], grave, gap) + gap >= same[start].first_step:
             start = i
     followed: list[Chapter] = []
-    until = _reach(same[start])
+    until = _lasting(same[start], grave, gap)
     for chapter in same[start + 1 :]:
         if chapter.first_step <= until + gap:
             followed.append(chapter)
@@ -204,6 +216,15 @@ def _seat(first: Chapter, grave: Sequence[Chapter], gap: int) -> Chapter:
         return first
     near = [c for c in grave if c.rule not in SYMPTOMS and abs(c.first_step - first.first_step) <= gap]
     return min(near, key=lambda c: _by_time(c.findings[0]), default=first)
+
+
+def _lasting(chapter: Chapter, grave: Sequence[Chapter], gap: int) -> float:
+    """Until which step it lasted, or what came of it: an explosion that leaves layers dead is not over."""
+    until = _reach(chapter)
+    for other in sorted(grave, key=lambda c: c.first_step):
+        if chapter.first_step <= other.first_step <= until + gap:
+            until = max(until, _reach(other))
+    return until
 
 
 def _reach(chapter: Chapter) -> float:
@@ -245,7 +266,7 @@ def _by_time(finding: Finding) -> tuple[int, int]:
 
 
 def _told(chapter: Chapter, n_layers: int) -> Event:
-    title = " ".join(filter(None, (words.phrase(chapter.rule), chapter.where(n_layers))))
+    title = " ".join(filter(None, (chapter.phrase, chapter.where(n_layers))))
     if len(chapter.findings) > 1 and not chapter.is_open and chapter.rule == "spike":
         title += f", {len(chapter.findings):,d} times up to step {words.step(chapter.last_step)}"
     cause = words.visible(chapter.lead.cause).rstrip(".")
@@ -256,7 +277,7 @@ def _told(chapter: Chapter, n_layers: int) -> Event:
 def _resolved(chapter: Chapter) -> Event:
     step = chapter.resolved_step or chapter.last_step
     lasted = words.plural(step - chapter.first_step, "step")
-    title = f"Over: {words.lower_first(words.phrase(chapter.rule))}, after {lasted}"
+    title = f"Over: {words.lower_first(chapter.phrase)}, after {lasted}"
     return Event(step, "resolved", title, layers=chapter.layers)
 
 

@@ -122,6 +122,23 @@ def step_axis(ax: Axes, *, most: int = 7) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: words.step(int(value))))
 
 
+def layer_axis(ax: Axes, layers: Sequence[str], *, most: int) -> None:
+    """Names of layers below a horizontal axis of their places, at most so many, never between two layers."""
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _layer_label(layers, value)))
+    for label in ax.get_xticklabels():
+        label.set_parse_math(False)
+    if max(map(len, layers), default=0) > 5:
+        ax.tick_params(axis="x", rotation=30)
+        for label in ax.get_xticklabels():
+            label.set_horizontalalignment("right")
+
+
+def _layer_label(layers: Sequence[str], value: float) -> str:
+    place = round(value)
+    return words.shorten(layers[place], 18) if 0 <= place < len(layers) and abs(value - place) < 1e-6 else ""
+
+
 def log_axis(ax: Axes, values: Iterable[float] = ()) -> None:
     """A logarithmic y axis when a value is above 0, with at most seven labels however many decades there are."""
     finite = [v for v in values if math.isfinite(v) and v > 0]

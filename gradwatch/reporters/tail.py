@@ -192,7 +192,8 @@ def _step_line(now: Glance) -> str:
 
 def _finding_line(finding: Finding) -> str:
     if finding.is_open:
-        said = words.visible(finding.message) or words.phrase(finding.rule)
+        said = words.visible(finding.message) or words.phrase(finding.rule, finding.evidence.get("sign"))
         return f"{finding.severity.upper()} step {words.step(finding.first_step)}: {said}"
     over, since = words.step(finding.resolved_step or finding.last_step), words.step(finding.first_step)
-    return f"over at step {over}: {words.lower_first(words.phrase(finding.rule))} (since step {since})"
+    what = words.lower_first(words.phrase(finding.rule, finding.evidence.get("sign")))
+    return f"over at step {over}: {what} (since step {since})"

@@ -95,29 +95,38 @@ def judge(
         numbers: The numbers it speaks of.
     """
     state = _state(info, trouble, numbers)
-    headline = _headline(state, info, trouble, numbers)
+    notices = [c for c in chapters if trouble is None]
+    headline = _headline(state, info, trouble, numbers=numbers, notices=len(notices))
     if state == "empty":
         return Verdict(state, headline)
     if trouble is None:
-        return Verdict(state, headline, _quiet_facts(info, actions, numbers))
+        return Verdict(state, headline, _quiet_facts(info, actions, numbers, notices))
     answers = (
         ("What happened first", _first(chapters, trouble.root)),
         ("What followed", _followed(trouble)),
         ("Where", _where(info, trouble.root)),
         ("Since when", _since(trouble)),
         ("Why", words.sentence(words.visible(trouble.root.lead.cause)) or "The cause is not known."),
+        ("How it ended", words.sentence(words.visible(info.status_detail)) if info.status == "crashed" else ""),
         ("What was done", _done(actions, numbers)),
-        ("Did it help", _helped(actions, trouble)),
+        ("Did it help", _helped(actions, trouble, numbers)),
         ("What to do now", _next(info, trouble)),
     )
     return Verdict(state, headline, tuple((question, answer) for question, answer in answers if answer))
 
 
-def _quiet_facts(info: RunInfo, actions: Sequence[ActionRecord], numbers: Numbers) -> tuple[tuple[str, str], ...]:
+def _quiet_facts(
+    info: RunInfo, actions: Sequence[ActionRecord], numbers: Numbers, notices: Sequence[Chapter]
+) -> tuple[tuple[str, str], ...]:
     loss = f"{words.number(numbers.loss[0])} at first, {words.number(numbers.loss[1])} at last." if numbers.loss else ""
     done = _done(actions, numbers)
     now = "Find out why the process ended." if info.status == "crashed" else ""
-    answers = (("Loss", loss), ("What was done", "" if done == "Nothing." else done), ("What to do now", now))
+    why = words.sentence(words.visible(info.status_detail)) if info.status == "crashed" else ""
+    seen = " ".join(f"{c.phrase} {c.when()}." for c in notices[:3])
+    answers = (
+        ("Why", why), ("Loss", loss), ("Also seen", seen), ("What was done", "" if done == "Nothing." else done),
+        ("What to do now", now),
+    )  # fmt: skip
     return tuple((question, answer) for question, answer in answers if answer)
 
 
@@ -143,7 +152,7 @@ def _failed_detectors(info: RunInfo) -> bool:
     return any(part.startswith("detector") for part in info.overhead.get("errors") or {})
 
 
-def _headline(state: State, info: RunInfo, trouble: Trouble | None, numbers: Numbers) -> str:
+def _headline(state: State, info: RunInfo, trouble: Trouble | None, *, numbers: Numbers, notices: int) -> str:
     if state == "empty":
         return "No step has been recorded" + (" yet." if info.status == "running" else ".")
     if state == "unjudged":
@@ -156,30 +165,29 @@ def _headline(state: State, info: RunInfo, trouble: Trouble | None, numbers: Num
         at = "before the first step" if numbers.last is None else f"after step {words.step(numbers.last)}"
         return f"The run crashed {at}. " + (said or "No trouble with gradients was found before.")
     so_far = " so far" if info.status == "running" else ""
-    return said or f"Nothing is wrong{so_far}: {words.plural(numbers.steps, 'step')} without a finding."
+    quiet = "a warning" if notices else "a finding"
+    return said or f"Nothing is wrong{so_far}: {words.plural(numbers.steps, 'step')} without {quiet}."
 
 
 def _trouble_in_words(trouble: Trouble, n_layers: int) -> str:
     where = trouble.root.where(n_layers)
-    return " ".join(
-        filter(None, (words.phrase(trouble.root.rule), where + "," if "," in where else where, trouble.when()))
-    )
+    return " ".join(filter(None, (trouble.root.phrase, where + "," if "," in where else where, trouble.when())))
 
 
 def _first(chapters: Sequence[Chapter], root: Chapter) -> str:
-    said = words.visible(root.lead.message) or f"{words.phrase(root.rule)}."
+    said = words.visible(root.lead.message) or f"{root.phrase}."
     before = [c for c in chapters if c.severity != "info" and c.first_step < root.first_step]
     if not before:
         return said
     sign = min(before, key=lambda c: c.first_step)
-    return f"{said} First sign at step {words.step(sign.first_step)}: {words.lower_first(words.phrase(sign.rule))}."
+    return f"{said} First sign at step {words.step(sign.first_step)}: {words.lower_first(sign.phrase)}."
 
 
 def _followed(trouble: Trouble) -> str:
     told: dict[str, str] = {}
     for chapter in trouble.followed:
         if chapter.rule != trouble.root.rule and chapter.first_step >= trouble.root.first_step:
-            told.setdefault(chapter.rule, f"{words.phrase(chapter.rule)} {chapter.when()}.")
+            told.setdefault(chapter.rule, f"{chapter.phrase} {chapter.when()}.")
     return " ".join(told.values())
 
 
@@ -193,7 +201,7 @@ def _since(trouble: Trouble) -> str:
 def _where(info: RunInfo, root: Chapter) -> str:
     depth = {p.layer: p.depth for p in info.parameters}
     order = sorted(depth, key=depth.__getitem__)
-    if not root.layers:
+    if not root.layers or root.came_with_the_loss:
         return "The whole model."
     worst = root.layers[0]
     place = f" (layer {order.index(worst) + 1:,d} of {len(order):,d} from the input)" if worst in depth else ""
@@ -231,11 +239,13 @@ def _changed(own: list[ActionRecord]) -> str:
     return f" ({changed})" if changed else ""
 
 
-def _helped(actions: Sequence[ActionRecord], trouble: Trouble) -> str:
+def _helped(actions: Sequence[ActionRecord], trouble: Trouble, numbers: Numbers) -> str:
     """Outcomes as recorded; where none is, whether the condition ended after the last action."""
     applied = [a for a in actions if not a.dry_run and a.step >= trouble.root.first_step]
-    if not applied:
-        return "" if trouble.is_open else "It went over by itself."
+    if not applied and trouble.is_open:
+        return ""
+    if not applied and not (numbers.clipped or numbers.skipped):
+        return "It went over by itself."
     outcomes = Counter(a.outcome for a in applied if a.outcome)
     said = "; ".join(f"{words.visible(o)}" + (f" ({n:,d} times)" if n > 1 else "") for o, n in outcomes.most_common(4))
     now = "the trouble goes on" if trouble.is_open else f"it was over at step {words.step(trouble.over_at or 0)}"

@@ -28,6 +28,12 @@ RULE_PHRASES = {
     "stall": "Training stands still",
 }
 
+#: The same where one sign of a rule says something else than the others, by rule and sign.
+SIGN_PHRASES = {
+    ("imbalance", "scale"): "Weights are out of scale",
+    ("stall", "rate"): "The learning rate is 0",
+}
+
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
@@ -99,11 +105,11 @@ def duration(seconds: float) -> str:
     """A time span in its two largest units.
 
     Examples:
-        >>> duration(0.0042), duration(42), duration(3 * 3600 + 125)
-        ('4.2 ms', '42 s', '3 h 2 min')
+        >>> duration(0.0042), duration(0.98), duration(42), duration(3 * 3600 + 125)
+        ('4.2 ms', '980 ms', '42 s', '3 h 2 min')
     """
     if seconds < 1:
-        return f"{1000 * seconds:.2g} ms"
+        return f"{number(float(f'{1000 * seconds:.2g}'))} ms"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -173,14 +179,14 @@ def listing(names: Sequence[str], *, most: int = 3, width: int = 48) -> str:
     return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1] if shown else "")))
 
 
-def phrase(rule: str) -> str:
-    """What a rule says about the run; the rule's own name in plain words where it is a user's.
+def phrase(rule: str, sign: object = None) -> str:
+    """What a rule, or one of its signs, says about the run; a rule of the user's own says its name in plain words.
 
     Examples:
-        >>> phrase("exploding"), phrase("my_rule")
-        ('Gradients explode', 'My rule')
+        >>> phrase("exploding"), phrase("stall", "rate"), phrase("my_rule")
+        ('Gradients explode', 'The learning rate is 0', 'My rule')
     """
-    return RULE_PHRASES.get(rule) or visible(rule).replace("_", " ").capitalize()
+    return SIGN_PHRASES.get((rule, str(sign))) or RULE_PHRASES.get(rule) or visible(rule).replace("_", " ").capitalize()
 
 
 def lower_first(text: str) -> str:

@@ -264,3 +264,113 @@ def test_zeros_in_float16_underflow_and_zeros_in_float32_do_not() -> None:
     for dtype, expected in (("float16", True), ("float32", False)):
         steps = streams.batch(streams.noisy(60, 4), parameters=streams.chain(4, dtype=dtype), statistics=zeros)
         assert ("underflow" in streams.found(steps)) is expected
+
+
+def scales(layers: int, odd: float, *, place: int = 2, steps: int = 60) -> dict[str, np.ndarray]:
+    """Samples of layers initialised alike but one, whose weights are `odd` times larger; all move equally far."""
+    weights = np.full(layers, 4.0)
+    weights[place] *= odd
+    rows = len(range(0, steps, 10))
+    return {"weight_norm": np.tile(weights, (rows, 1)), "update_ratio": np.tile(0.01 / weights, (rows, 1))}
+
+
+def test_a_layer_whose_weights_begin_sixty_times_too_large_is_named() -> None:
+    steps = streams.batch(streams.noisy(60, 6), loss=streams.falling(60), statistics=scales(6, 60.0))
+    (finding,) = streams.found(steps)["imbalance"]
+    assert (finding.severity, finding.first_step, finding.layers) == ("warning", 0, ("layer2",))
+    assert (finding.evidence["sign"], finding.evidence["cause_id"]) == ("scale", "layer_scale")
+    assert finding.message.startswith("The weights of 'layer2' are 60 times larger than those of the other layers")
+
+
+def test_a_layer_whose_weights_all_but_vanish_is_named() -> None:
+    steps = streams.batch(streams.noisy(60, 6), loss=streams.falling(60), statistics=scales(6, 1e-4))
+    (finding,) = streams.found(steps)["imbalance"]
+    assert finding.layers == ("layer2",)
+    assert "10,000 times smaller" in finding.cause
+
+
+@pytest.mark.parametrize("odd", [20.0, 1 / 140], ids=["within-the-usual-range", "the-output-layer-of-a-policy"])
+def test_weights_a_little_out_of_scale_are_no_alarm(odd: float) -> None:
+    steps = streams.batch(streams.noisy(60, 6), loss=streams.falling(60), statistics=scales(6, odd))
+    assert not streams.alarms(streams.found(steps))
+
+
+def test_a_layer_out_of_scale_that_comes_back_into_it_has_recovered() -> None:
+    sampled = scales(6, 60.0, steps=200)
+    sampled["weight_norm"][10:] = 4.0
+    steps = streams.batch(streams.noisy(200, 6), loss=streams.falling(200), statistics=sampled)
+    (finding,) = streams.found(steps)["imbalance"]
+    assert finding.resolved_step == 100
+
+
+def test_a_learning_rate_of_exactly_zero_is_a_stall_from_its_first_step_on() -> None:
+    rate = np.where(np.arange(200) < 120, 0.01, 0.0)
+    sampled = samples(200, 4, weight_norm=1.0, update_ratio=1e-3)
+    sampled["update_ratio"][12:] = 0.0
+    steps = streams.batch(streams.noisy(200, 4), loss=streams.falling(200), lr=rate, statistics=sampled)
+    (finding,) = streams.found(steps)["stall"]
+    assert (finding.severity, finding.first_step, finding.resolved_step) == ("warning", 120, None)
+    assert finding.message == "The learning rate is exactly 0 since step 120, after 0.01: no weight has moved since."
+    assert finding.evidence["cause_id"] == "rate_zero"
+
+
+@pytest.mark.parametrize(("zeros", "ratio"), [(10, 0.0), (200, 1e-3)], ids=["a-few-steps", "other-groups-move"])
+def test_a_learning_rate_of_zero_that_stops_nothing_is_no_stall(zeros: int, ratio: float) -> None:
+    rate = np.where(np.arange(200) < zeros, 0.0, 0.01)
+    steps = streams.batch(
+        streams.noisy(200, 4), loss=streams.falling(200), lr=rate,
+        statistics=samples(200, 4, weight_norm=1.0, update_ratio=ratio or 1e-3),
+    )  # fmt: skip
+    assert "stall" not in streams.found(steps)
+
+
+def test_a_run_that_got_used_to_its_explosion_has_not_recovered() -> None:
+    norms, loss = streams.noisy(1500, 4), streams.falling(1500)
+    norms[300:] *= 1e7
+    loss[300:] = 1.6
+    (finding,) = streams.found(streams.batch(norms, loss=loss))["exploding"]
+    assert (finding.first_step, finding.resolved_step) == (300, None)
+
+
+def test_larger_gradients_with_a_loss_at_its_best_are_a_new_usual() -> None:
+    norms = streams.noisy(1500, 4)
+    norms[300:] *= 50
+    (finding,) = streams.found(streams.batch(norms, loss=streams.falling(1500)))["exploding"]
+    assert finding.resolved_step is not None
+
+
+def test_a_layer_that_faded_while_the_loss_fell_stays_a_finding_when_it_fades_no_further() -> None:
+    norms = streams.noisy(400, 6)
+    norms[:, 0] *= np.exp(-0.1 * np.clip(np.arange(400) - 60, 0, 150))
+    finding = streams.found(streams.batch(norms, loss=streams.falling(400)))["vanishing"][-1]
+    assert (finding.resolved_step, finding.layers[0]) == (None, "layer0")
+
+
+def test_a_loss_that_fell_a_little_at_first_and_never_again_is_a_plateau() -> None:
+    rng = np.random.default_rng(0)
+    loss = 1.38 + 0.1 * np.exp(-np.arange(900) / 10) + rng.normal(0, 0.02, 900)
+    assert "plateau" in streams.alarms(streams.found(streams.batch(streams.noisy(900, 4), loss=loss)))
+
+
+def test_a_loss_far_above_its_best_is_no_plateau() -> None:
+    loss = np.where(np.arange(900) < 100, streams.falling(900), 50.0)
+    found = streams.found(streams.batch(streams.noisy(900, 4), loss=loss))
+    assert "divergence" in found
+    assert "plateau" not in found
+
+
+def test_weights_that_something_else_wrote_to_are_named_as_what_killed_the_layer() -> None:
+    norms = streams.noisy(160, 4)
+    norms[103:, :2] = 0.0
+    sampled = samples(160, 4, weight_norm=1.0, update_ratio=1e-3)
+    sampled["weight_norm"][11:, 1], sampled["update_ratio"][11:, :2] = 5000.0, 0.0
+    finding = streams.found(streams.batch(norms, loss=streams.falling(160), statistics=sampled))["dead"][0]
+    assert finding.cause.startswith("'layer1.weight' changed from outside between steps 100 and 110")
+
+
+def test_the_rate_that_led_to_the_best_loss_is_the_one_before_it() -> None:
+    norms, rate = streams.noisy(160, 4), np.where(np.arange(160) < 100, 0.03, 6.0)
+    loss = np.where(np.arange(160) <= 100, np.linspace(2, 1, 160), 1e6)
+    norms[101:] *= 1e6
+    advice = streams.found(streams.batch(norms, loss=loss, lr=rate))["exploding"][0].advice
+    assert advice[0].startswith("use a learning rate of at most 0.03")

@@ -99,6 +99,18 @@ def test_an_explosion_that_left_layers_dead_is_told_as_an_explosion_that_is_not_
     assert (main.root.rule, main.severity, main.is_open) == ("exploding", "warning", True)
 
 
+def test_troubles_between_which_dead_layers_lasted_are_one() -> None:
+    told = [
+        found("exploding", 10, 12, over=True),
+        found("dead", 14, 900, severity="warning"),
+        found("divergence", 90, 900),
+    ]
+    main = trouble(chapters(told))
+
+    assert main is not None
+    assert (main.root.rule, main.severity) == ("exploding", "critical")
+
+
 def test_mere_information_is_no_trouble() -> None:
     assert trouble(chapters([found("imbalance", 0, 900, severity="info")])) is None
 

@@ -38,8 +38,11 @@ def test_a_run_without_a_finding_that_still_goes_on_is_healthy_so_far() -> None:
     assert verdict(status="running").headline == "Nothing is wrong so far: 1,000 steps without a finding."
 
 
-def test_information_leaves_a_run_healthy() -> None:
-    assert verdict(Finding("i", "imbalance", "info", 0, 999)).state == "healthy"
+def test_information_leaves_a_run_healthy_and_is_told() -> None:
+    told = verdict(Finding("i", "imbalance", "info", 0, 999))
+
+    assert (told.state, told.headline) == ("healthy", "Nothing is wrong: 1,000 steps without a warning.")
+    assert dict(told.facts)["Also seen"] == "Layers learn at very unequal rates from step 0 on."
 
 
 def test_an_open_critical_finding_makes_a_run_sick_and_says_what_where_and_since_when() -> None:
@@ -92,9 +95,10 @@ def test_a_crash_says_where_it_ended_and_what_was_wrong_before() -> None:
 
 
 def test_a_crash_without_a_finding_says_so() -> None:
-    told = verdict(status="crashed")
+    told = verdict(status="crashed", status_detail="RuntimeError: out of memory")
 
     assert told.headline == "The run crashed after step 999. No trouble with gradients was found before."
+    assert dict(told.facts)["Why"] == "RuntimeError: out of memory."
     assert dict(told.facts)["What to do now"] == "Find out why the process ended."
 
 
@@ -168,3 +172,30 @@ def test_a_run_whose_detectors_failed_is_not_called_healthy() -> None:
 
 def test_a_run_with_another_failed_part_of_gradwatch_is_still_judged() -> None:
     assert verdict(overhead={"errors": {"alert mail": "OSError: no"}}).state == "healthy"
+
+
+def test_a_trouble_that_ended_with_a_clipped_step_did_not_go_over_by_itself() -> None:
+    numbers = Numbers(steps=1000, first=0, last=999, clipped=1, hardest_clip=0.01)
+
+    assert dict(verdict(over(EXPLODING, 500), numbers=numbers).facts)["Did it help"] == "It was over at step 500."
+
+
+def test_a_loss_that_was_not_finite_sits_in_no_layer() -> None:
+    told = verdict(
+        Finding("n", "nonfinite", "critical", 500, 999, layers=("l3", "l2", "l1", "l0"), evidence={"where": "loss"})
+    )
+
+    assert told.headline == "Gradients become NaN or infinite in all 4 layers from step 500 on."
+    assert dict(told.facts)["Where"] == "The whole model."
+
+
+def test_a_sign_with_words_of_its_own_is_told_in_them() -> None:
+    told = verdict(Finding("s", "stall", "warning", 300, 999, evidence={"sign": "rate"}))
+
+    assert told.headline == "The learning rate is 0 from step 300 on."
+
+
+def test_a_crash_in_trouble_says_how_it_ended_too() -> None:
+    told = verdict(EXPLODING, status="crashed", status_detail="KeyboardInterrupt")
+
+    assert dict(told.facts)["How it ended"] == "KeyboardInterrupt."

@@ -9,7 +9,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from gradwatch.reporters import style, words
 from gradwatch.reporters.binning import Array
@@ -70,14 +69,7 @@ def depth_profile(
         steep = "  steep" if max(factor, 1 / factor) >= STEEP else ""
         entries.append((drawn, f"fit: ×{words.number(1 / factor)} per layer towards the input{steep}"))
     ax.set_xlim(-0.5, len(places) - 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _layer_label(digest.layers, value)))
-    for label in ax.get_xticklabels():
-        label.set_parse_math(False)
-    if max(map(len, digest.layers)) > 5:
-        ax.tick_params(axis="x", rotation=30)
-        for label in ax.get_xticklabels():
-            label.set_horizontalalignment("right")
+    style.layer_axis(ax, digest.layers, most=12)
     ax.grid(visible=True, color=look.faint, lw=0.5, alpha=0.6)
     style.legend(ax, look, entries, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax.figure  # type: ignore[return-value]
@@ -107,8 +99,3 @@ def slope(norms: Array) -> tuple[float, Array] | None:
     places = np.arange(len(norms))
     gradient, start = np.polyfit(places[usable], np.log(norms[usable]), 1)
     return float(np.exp(gradient)), np.exp(start + gradient * places)
-
-
-def _layer_label(layers: Sequence[str], value: float) -> str:
-    place = round(value)
-    return words.shorten(layers[place], 18) if 0 <= place < len(layers) and abs(value - place) < 1e-6 else ""

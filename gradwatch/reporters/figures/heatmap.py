@@ -162,7 +162,7 @@ def _onset(ax: Axes, digest: Digest, root: Chapter | None, theme: Theme) -> None
         ax.axvline(root.first_step, color=colour, lw=1.2, ls=(0, (4, 2)), zorder=5)
     left, right = digest.edges[0], digest.edges[-1]
     late = (root.first_step - left) > 0.5 * (right - left)
-    text = f"{words.phrase(root.rule)}, step {words.step(root.first_step)}"
+    text = f"{root.phrase}, step {words.step(root.first_step)}"
     text = f"{text} ▾" if late else f"▾ {text}"
     ax.annotate(
         text, (root.first_step, 1), xycoords=("data", "axes fraction"), xytext=(0, 10), textcoords="offset points",

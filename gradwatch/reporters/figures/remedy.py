@@ -56,6 +56,7 @@ def before_after(digest: Digest, action: ActionRecord, *, theme: str = "light", 
         entries.append((line, label))
         shown.append(profile)
     style.log_axis(right, np.concatenate(shown) if shown else ())
+    style.layer_axis(right, digest.layers, most=7)
     style.legend(right, look, entries, loc="best")
     return figure  # type: ignore[no-any-return]
 

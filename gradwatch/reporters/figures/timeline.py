@@ -17,8 +17,11 @@ from gradwatch.reporters.digest import Digest
 from gradwatch.reporters.story import Chapter
 from gradwatch.reporters.style import Theme
 
-#: A learning rate is drawn on a logarithmic axis when it spans more than this: schedules are read on a linear one.
-LR_SPREAD = 1e4
+#: The loss is drawn on a logarithmic axis from this factor between its extremes on.
+SPREAD = 20.0
+#: The learning rate where its usual value is less than a hundredth of the largest: a linear axis would show it as zero,
+#: but decay to zero is read on a linear one.
+LR_SPREAD = 100.0
 
 
 def timeline(
@@ -99,11 +102,7 @@ def _panel(ax: Axes, digest: Digest, name: str, theme: Theme) -> None:
         values.append(lowered.low)
     everything = np.concatenate(values)
     finite = everything[np.isfinite(everything)]
-    if (
-        finite.size
-        and finite.min() > 0
-        and (name == "global_norm" or finite.max() > (LR_SPREAD if name == "lr" else 20) * finite.min())
-    ):
+    if finite.size and (finite.min() > 0 if name == "global_norm" else reads_logarithmic(name, band)):
         style.log_axis(ax, finite)
     skipped = digest.metric("skipped")
     if skipped is not None and (skipped.high > 0).any() and name == "global_norm":
@@ -114,6 +113,14 @@ def _panel(ax: Axes, digest: Digest, name: str, theme: Theme) -> None:
         entries.append((rug, "skipped step"))
     ax.grid(visible=True, axis="y", color=theme.faint, lw=0.5, alpha=0.6)
     style.legend(ax, theme, entries, loc="best", ncols=len(entries))
+
+
+def reads_logarithmic(name: str, band: Band) -> bool:
+    """Whether a logarithmic axis shows this metric better than a linear one."""
+    low, high = np.nanmin(band.low), np.nanmax(band.high)
+    if name == "lr":
+        return bool(low > 0 and high > LR_SPREAD * np.nanmedian(band.mid))
+    return bool(low > 0 and high > SPREAD * low)
 
 
 def _spans(ax: Axes, digest: Digest, chapters: Sequence[Chapter], theme: Theme) -> None:
@@ -129,7 +136,7 @@ def _spans(ax: Axes, digest: Digest, chapters: Sequence[Chapter], theme: Theme) 
 def _names(ax: Axes, root: Chapter | None, actions: Sequence[ActionRecord], theme: Theme) -> None:
     if root is not None:
         ax.set_title(
-            f"{words.phrase(root.rule)}, step {words.step(root.first_step)}", loc="left", fontsize=9, fontweight="bold",
+            f"{root.phrase}, step {words.step(root.first_step)}", loc="left", fontsize=9, fontweight="bold",
             color=theme.severity[root.severity], parse_math=False,
         )  # fmt: skip
     done = sorted({a.action for a in actions if not a.dry_run})

@@ -129,10 +129,10 @@
       const x0 = Math.max(f.first - 0.5 - spare, left);
       const x1 = Math.min(end + spare, right);
       for (const y of rows.lines) {
-        shapes.push({ type: "rect", xref: "x", yref: `${y} domain`, x0, x1, y0: 0, y1: 1, fillcolor: colours[f.severity], opacity: 0.14, line: { width: 0 }, layer: "below" });
+        shapes.push({ type: "rect", xref: "x", yref: `${y} domain`, x0, x1, y0: 0, y1: 1, fillcolor: colours[f.severity], opacity: 0.09, line: { width: 0 }, layer: "below" });
       }
       for (const [top, bottom] of f.rows) {
-        for (const [color, width] of [["#ffffff", 4], [colours[f.severity], 2]]) {
+        for (const [color, width] of [["#ffffff", 3.5], [colours[f.severity], 2]]) {
           shapes.push({ type: "rect", xref: "x", yref: rows.heat, x0, x1, y0: top - 0.5, y1: bottom + 0.5, line: { color, width } });
         }
       }
@@ -164,7 +164,7 @@
       uirevision: closeShown ? "closeup" : "whole", height: inner + margin.t + margin.b, margin, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: colours.absent, hovermode: "closest",
       font: { color: colours.ink, family: "system-ui, sans-serif", size: 12 }, dragmode: narrow() ? false : "zoom",
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.faint, activecolor: colours.ink },
-      xaxis: { title: { text: "step", standoff: 6 }, anchor: "y", range: [view.edges[0], view.edges[view.edges.length - 1]], gridcolor: colours.faint, zeroline: false, tickformat: ",d", nticks: narrow() ? 4 : 8, showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "dot", spikecolor: colours.ink },
+      xaxis: { title: { text: "step", standoff: 6 }, anchor: "y", range: [view.edges[0], view.edges[view.edges.length - 1]], gridcolor: colours.faint, zeroline: false, tickformat: ",d", nticks: narrow() ? 4 : 8, ...(view.first.length < 8 ? { tickvals: view.first } : {}), showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "dot", spikecolor: colours.ink },
       yaxis: { domain: [0, heatHeight / inner], range: [n - 0.5, -0.5], showgrid: false, zeroline: false, ...layerTicks(heatHeight, -0.5, n - 0.5) },
     };
     const traces = heatmap(view, colours, "y", { y: heatHeight / inner / 2, len: heatHeight / inner, x: 1.01, tickfont: { size: 11 } });
@@ -208,7 +208,7 @@
       uirevision: "profile", height: narrow() ? 560 : 380, margin: { l: 64, r: 8, t: 10, b: 90 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
       font: { color: colours.ink, family: "system-ui, sans-serif", size: 12 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
       xaxis: { title: { text: "layer, input → output" }, tickvals: at, ticktext: at.map((r) => inert(shorten(data.layers[r], 16))), tickangle: -30, gridcolor: colours.faint, zeroline: false },
-      yaxis: { type: "log", exponentformat: "power", dtick: decades > 8 ? 2 : decades > 1 ? 1 : undefined, title: { text: `gradient norm (L2, ${data.stage})` }, gridcolor: colours.faint },
+      yaxis: { type: "log", exponentformat: "power", dtick: decades > 2 ? Math.ceil(decades / 8) : undefined, title: { text: `gradient norm (L2, ${data.stage})` }, gridcolor: colours.faint },
       dragmode: narrow() ? false : "zoom", modebar: { bgcolor: "rgba(0,0,0,0)", color: colours.faint, activecolor: colours.ink },
     }];
   };
