@@ -86,6 +86,7 @@ def test_every_framework_has_every_term() -> None:
             "data_scale",
         ),
         (case("update_ratio", first=0, odd_layer="fc2", odd_factor=60.0), "layer_scale"),
+        (case("imbalance", first=0, odd_layer="blocks.0.qkv", odd_factor=100.0), "attention_logits"),
         (case("stall", evidence={"sign": "rate"}), "rate_zero"),
         (case("dead", replaced=("fc1.bias",)), "weights_replaced"),
         (
@@ -118,6 +119,11 @@ def test_advice_names_the_last_stable_learning_rate() -> None:
 def test_a_rate_that_rose_is_told_with_where_it_came_from() -> None:
     symptoms = case("exploding", rate=6.0, stable_rate=0.03, rate_base=0.03, rate_base_step=122)
     assert "the learning rate is too high (6, up from 0.03 since step 123)" in diagnosed(symptoms).cause
+
+
+def test_a_rate_that_fell_is_told_as_it_is() -> None:
+    symptoms = case("exploding", rate=0.49, rate_jump=4.0, rate_base=0.49, rate_base_step=345)
+    assert "the learning rate is too high (0.49)" in diagnosed(symptoms).cause
 
 
 def test_a_layer_out_of_scale_is_named_with_how_far_it_is() -> None:

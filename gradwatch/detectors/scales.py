@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gradwatch.detectors.base import RunContext
-from gradwatch.detectors.memory import FloatArray, Kept, Mask, PerLayer, Remembers
+from gradwatch.detectors.memory import FloatArray, IntArray, Kept, Mask, PerLayer, Remembers
 
 #: Layers whose weights multiply a signal and are initialised in proportion to its width; no embeddings, no norms.
 KINDS = ("Linear", "Conv", "Dense")
@@ -71,7 +71,7 @@ class Scales(Remembers):
         place = int(np.argmax(np.abs(factors)))
         self._judge(int(peers[place]), float(np.exp(factors[place])), ratios, peers)
 
-    def _judge(self, layer: int, factor: float, ratios: FloatArray, peers: FloatArray) -> None:
+    def _judge(self, layer: int, factor: float, ratios: FloatArray, peers: IntArray) -> None:
         name = self.context.layers.names[layer]
         large, small = (STILL_LARGE, STILL_SMALL) if name == self.odd else (LARGE, SMALL)
         unmoved = bool(ratios[layer] * UNMOVED < np.nanmedian(ratios[peers]))  # false of NaN

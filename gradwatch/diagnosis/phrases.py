@@ -113,9 +113,9 @@ def _rounded(value: float) -> str:
 def _rates(symptoms: Symptoms) -> dict[str, str]:
     fields = {"rate_now": "", "ratio": "", "earlier_rate": ""}
     if symptoms.rate > 0:
-        rose = symptoms.rate_rising or symptoms.rate_jumped
+        rose = symptoms.rate > 1.2 * symptoms.rate_base > 0
         since = f", up from {symptoms.rate_base:.2g} since step {symptoms.rate_base_step + 1}"
-        fields["rate_now"] = f" ({symptoms.rate:.2g}{since if rose and symptoms.rate_base > 0 else ''})"
+        fields["rate_now"] = f" ({symptoms.rate:.2g}{since if rose else ''})"
     if symptoms.earlier_rate > 0:
         fields["earlier_rate"] = f" since step {symptoms.finding.first_step} (it was {symptoms.earlier_rate:.2g})"
     if symptoms.update_ratio > 0.03:
@@ -144,7 +144,7 @@ def _places(symptoms: Symptoms) -> dict[str, str]:
     return {
         "odd": repr(symptoms.odd_layer),
         "odd_times": times(symptoms.odd_factor),
-        "replaced": listing(symptoms.replaced, [p.name for p in symptoms.parameters]),
+        "replaced": listing(symptoms.replaced, tuple(p.name for p in symptoms.parameters)),
         "between": f"between steps {before} and {after}",
         "first_bad": repr(symptoms.evidence.get("first_bad_layer", "")),
         "last_finite": repr(symptoms.last_finite),

@@ -280,6 +280,11 @@ class Symptoms:
         return bool(self.odd_layer)
 
     @property
+    def odd_attention(self) -> bool:
+        """The weights of attention are too large."""
+        return self.odd_factor > 1 and any(mark in self.odd_layer.lower() for mark in ATTENTION)
+
+    @property
     def ordinary_weights(self) -> bool:
         """Most layers' weights are no larger than an ordinary initialisation makes them."""
         return self.usual_scale < 1.8

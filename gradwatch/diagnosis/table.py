@@ -56,6 +56,7 @@ TABLE: tuple[Row, ...] = (
     Row("loss_domain", ("nonfinite",), ("gradient_not_finite",), why="a finite loss with an infinite slope"),
     Row("bad_batch", ("nonfinite",), (), why="nothing led up to it"),
     # Gradients or the loss out of hand.
+    Row("attention_logits", BLOW_UP, ("odd_attention",), why="queries and keys out of scale: a one-hot softmax"),
     Row("layer_scale", (*BLOW_UP, "vanishing", "stall"), ("odd_scale",), why="one layer unlike its peers"),
     Row("gradients_not_cleared", BLOW_UP, ("gradients_pile_up",), why="batches differ but their gradients do not"),
     Row("weight_decay", (*BLOW_UP, *SILENCE), ("weights_move_alike",), why="only decay scales all layers alike"),

@@ -15,6 +15,8 @@ from gradwatch.reporters.figures.timeline import middles
 
 #: Runs whose layers are held against the first one's in a heatmap each.
 MOST_HEATMAPS = 3
+#: How many cells each of them has at most.
+CELLS = 60_000
 #: Pixels of a line chart, of a row of a heatmap, and between charts.
 _LINES, _ROW, _GAP = 190, 15, 58
 _METRICS = (("loss", "loss"), ("global_norm", "global gradient norm"))
@@ -77,16 +79,15 @@ class _Drawn:
         names = [_inert(words.shorten(self.compared.names[i], 24)) for i in (0, other)]
         axis = self._panel(max(160, min(480, _ROW * len(common) + 40)), f"{names[1]} ÷ {names[0]}", is_steps=True)
         ratio = layer_ratio(first, second, common)
+        edges, ratio = _coarser(first.edges, ratio)
         shown = [_inert(words.visible(name)) for name in common]
         limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), 0.3, 6.0))
         self._axes[self._names()[1]] |= {
             "autorange": "reversed", "showgrid": False, "tickmode": "array", **_ticks(shown, self._heights[-1]),
         }  # fmt: skip
         self.traces.append({
-            "type": "heatmap", "x": _plain(first.edges), "z": [_plain(row) for row in ratio.T],
+            "type": "heatmap", "x": _plain(edges), "z": [_plain(row.round(2)) for row in ratio.T], "layers": shown,
             "zmin": -limit, "zmax": limit, "colorscale": _COLOURS, "showscale": False, "hoverongaps": False,
-            "text": [[f"<b>{layer}</b><br>×{words.number(10**v)}" for v in row]
-                     for layer, row in zip(shown, np.nan_to_num(ratio.T), strict=True)],
             "hovertemplate": "step %{x}<br>%{text}<extra></extra>", **axis,
         })  # fmt: skip
 
@@ -113,6 +114,15 @@ class _Drawn:
             axis["domain"] = [max(0.0, (bottom - height) / inner), bottom / inner]
             bottom -= height + _GAP
         return {"height": inner + 110, "margin": {"l": 110, "r": 12, "t": 46, "b": 50}, **self._axes}
+
+
+def _coarser(edges: Array, ratio: Array) -> tuple[Array, Array]:
+    """At most `CELLS` cells: neighbouring bins as one, with the value furthest from one."""
+    width = max(1, -(-ratio.size // CELLS))
+    starts = np.arange(0, len(ratio), width)
+    far = np.where(np.isfinite(ratio), np.abs(ratio), -1.0)
+    rows = np.array([start + far[start : start + width].argmax(axis=0) for start in starts])
+    return np.append(edges[starts], edges[-1]), np.take_along_axis(ratio, rows, axis=0)
 
 
 def _inert(text: str) -> str:

@@ -59,7 +59,7 @@ class Page:
             self._run.refresh()
             findings = self._run.finding_list()
             span = self._run.span
-            news = [_news(f) for f in findings[-5:]]
+            news = [_news(f) for f in findings[-3:]]
             return {
                 "version": self._version(), "status": self._run.info.status, "findings": len(findings),
                 "step": span[1] if span else None, "news": news[::-1], "ready": time.monotonic() >= self._not_before,

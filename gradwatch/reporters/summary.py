@@ -80,7 +80,7 @@ class Summary:
         facts = [
             ("status", self.status),
             ("steps", words.step(numbers.steps)),
-            ("loss", " → ".join(words.number(v) for v in numbers.loss) if numbers.loss else ""),
+            ("loss", " → ".join(words.number(v) for v in numbers.loss) if numbers.loss and self.trouble else ""),
             (
                 "model",
                 f"{words.plural(layers, 'layer')}, {words.plural(len(info.parameters), 'tensor')}, {size:,d} weights",

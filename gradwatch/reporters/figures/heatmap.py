@@ -188,4 +188,4 @@ def _key(ax: Axes, digest: Digest, shown: Array, actions: Sequence[ActionRecord]
         entries.append((Patch(fc=theme.absent), "not measured"))
     if any(not a.dry_run for a in actions):
         entries.append((Line2D([], [], marker="D", ls="", ms=4, color=theme.action), "action"))
-    style.legend(ax, theme, entries, loc="upper left", bbox_to_anchor=(0, -0.0), ncols=4, borderaxespad=2.6)
+    style.legend(ax, theme, entries, loc="upper left", bbox_to_anchor=(0, -0.0), ncols=4, borderaxespad=4.0)

@@ -4,6 +4,11 @@
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
+  const number = (v) => (v >= 1e-3 && v < 1e5 ? String(Number(v.toPrecision(3))) : v.toExponential(2));
+  for (const t of traces) {
+    if (t.type === "heatmap") t.text = t.z.map((row, r) => row.map((v) => `<b>${t.layers[r]}</b><br>×${number(10 ** v)}`));
+  }
+
   const coloured = () => {
     const [ink, faint] = dark.matches ? ["#e6eaf0", "#2b3340"] : ["#1c2430", "#d9dfe7"];
     const narrow = document.documentElement.clientWidth < 620;

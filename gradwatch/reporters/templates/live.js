@@ -16,6 +16,7 @@
     });
     const now = state.status === "running" ? "Live" : `The run is ${state.status}`;
     document.getElementById("pulse").textContent = `${now}${state.step === null ? "" : `, step ${state.step.toLocaleString("en-US")}`}`;
+    news.hidden = state.status !== "running";
     const text = items.map((i) => i.textContent).join("|");
     if (news.dataset.text !== text) {
       news.dataset.text = text;
