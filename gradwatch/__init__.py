@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gradwatch.actions import Clip as Clip
     from gradwatch.actions import DecayLR as DecayLR
     from gradwatch.actions import Ladder as Ladder
+    from gradwatch.actions import RaiseLR as RaiseLR
     from gradwatch.actions import Reinitialize as Reinitialize
     from gradwatch.actions import ResetOptimizerState as ResetOptimizerState
     from gradwatch.actions import Restructure as Restructure
@@ -53,6 +54,7 @@ __all__ = [
     "GradwatchError",
     "Ladder",
     "Parameter",
+    "RaiseLR",
     "Reinitialize",
     "ResetOptimizerState",
     "Restructure",
@@ -87,6 +89,7 @@ _HOMES = {
     "GradwatchError": "gradwatch.errors",
     "Ladder": "gradwatch.actions",
     "Parameter": "gradwatch.records",
+    "RaiseLR": "gradwatch.actions",
     "Reinitialize": "gradwatch.actions",
     "ResetOptimizerState": "gradwatch.actions",
     "Restructure": "gradwatch.actions",

@@ -74,6 +74,8 @@ class Case:
         sudden: Nothing in the steps before the failure foretells it (a single bad batch).
         cost: Seconds that one run takes, roughly; cheap ones are recorded first.
         spec: The specification of a published case, from which other frameworks can build it too.
+        beyond: Why nothing that changes rates, weights or steps can repair it; empty where something might.
+        twin: The same training without its fault, from a seed; None where none is needed to tell a repair.
     """
 
     id: str
@@ -88,6 +90,8 @@ class Case:
     sudden: bool = False
     cost: float = 10.0
     spec: Mapping[str, Any] | None = None
+    beyond: str = ""
+    twin: Callable[[int], Training] | None = None
 
     @property
     def faulty(self) -> bool:

@@ -6,6 +6,7 @@ from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction
 from gradwatch.actions.clip import Clip
 from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.presets import Ladder, protect, repair
+from gradwatch.actions.raise_lr import RaiseLR
 from gradwatch.actions.renewal import Reinitialize, ResetOptimizerState, Restructure, Stop
 from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.skip import SkipStep
@@ -22,6 +23,7 @@ __all__ = [
     "InStepDecision",
     "Ladder",
     "Namespace",
+    "RaiseLR",
     "Reinitialize",
     "ResetOptimizerState",
     "Restructure",

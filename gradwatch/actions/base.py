@@ -16,6 +16,9 @@ WRECKED = 1.1
 #: Share of the weights that an update may change; ten times what is usual.
 SOUND_UPDATE = 0.01
 
+#: Causes (ids of `gradwatch.diagnosis`) that bring weights down, and would bring others down, at the same rate.
+OF_THE_RATE = ("learning_rate", "killed_units", "data_scale")
+
 #: Arrays of whatever library does the step: numpy, torch, jax or keras.ops tensors.
 Array = Any
 
@@ -148,6 +151,7 @@ class Due:
         lr_factor: gradwatch's factor on the learning rate from now on; None leaves it.
         until_step: For a rollback: the last step that may be in the snapshot.
         backs: For a rollback: how many snapshots before that to go back.
+        undo: Take back what the action did before.
     """
 
     action: BetweenStepsAction
@@ -159,6 +163,7 @@ class Due:
     lr_factor: float | None = None
     until_step: int | None = None
     backs: int = 0
+    undo: bool = False
 
 
 class RemedyOptions(TypedDict, total=False):
@@ -192,9 +197,13 @@ class BetweenStepsAction(Action):
     #: Whether what the detectors learnt about the run no longer holds after it.
     renews: ClassVar[bool] = False
     #: Causes (ids of `gradwatch.diagnosis`) that it takes away, and so comes first for.
-    cures: ClassVar[tuple[str, ...]] = ()
+    cures: tuple[str, ...] = ()
     #: Whether the weights begin anew.
     begins_anew: ClassVar[bool] = False
+    #: Whether it changes the learning rate and nothing else.
+    only_rate: ClassVar[bool] = False
+    #: Whether it is taken back where the loss ends up worse than it was.
+    is_undone: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -224,6 +233,10 @@ class BetweenStepsAction(Action):
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
         """What to do about a finding that calls for it; None when nothing can be done (any more)."""
 
+    def answers(self, finding: Finding) -> bool:
+        """Whether a finding calls for it by its rule and severity."""
+        return finding.rule in self.on and SEVERITIES.index(finding.severity) >= SEVERITIES.index(self.min_severity)
+
     def recover(self, step: int, state: RunState) -> Due | None:
         """What to undo when all is well again; called each time the policy looks and nothing is due."""
         return None
@@ -241,6 +254,15 @@ class BetweenStepsAction(Action):
         }
 
 
+def keys_of(actions: Sequence[BetweenStepsAction]) -> list[str]:
+    """The actions' names, numbered where a name comes again."""
+    keys: list[str] = []
+    for action in actions:
+        again = sum(key.partition("#")[0] == action.name for key in keys)
+        keys.append(f"{action.name}#{again + 1}" if again else action.name)
+    return keys
+
+
 @dataclass
 class RunState:
     """What actions may know of the run.
@@ -251,15 +273,18 @@ class RunState:
         times: Action name to how often it was applied.
         well_since: The first step of the present stretch without an open finding; None while one is open.
         first_loss: The first finite loss, or the median of the first few where that is lower; NaN while none is known.
+        start_loss: The first finite loss; NaN while none is known.
         loss: Median of the last losses; NaN while none is known, infinite when they are not finite.
         best_loss: The lowest that `loss` has been.
         growth: By how much the loss rose from one step to the next when it first leapt, lately; 1 where it did not.
         learns: Whether the loss has fallen, lately or well below where it began; False while none is known.
         recovery: Step and factor at which the learning rate began its way back; None when it is not on it.
         began: The first step of the present weights: 0, or that of the last initialisation.
+        given_up: The lowest loss of weights that were given up because they learnt nothing; infinite before the first.
         recovered: Whether it was on its way back before.
         loss_held: The loss when the way back began.
         failures: "action:rule" to how often in a row the action did not help against the rule.
+        undone: Names of actions that were taken back; they are not applied again.
     """
 
     lr_factor: float = 1.0
@@ -267,6 +292,7 @@ class RunState:
     times: dict[str, int] = field(default_factory=dict)
     well_since: int | None = 0
     first_loss: float = math.nan
+    start_loss: float = math.nan
     loss: float = math.nan
     best_loss: float = math.inf
     growth: float = 1.0
@@ -275,7 +301,9 @@ class RunState:
     recovered: bool = False
     loss_held: float = math.nan
     began: int = 0
+    given_up: float = math.inf
     failures: dict[str, int] = field(default_factory=dict)
+    undone: list[str] = field(default_factory=list)
 
     @property
     def is_wrecked(self) -> bool:

@@ -39,6 +39,7 @@ class Course:
         self._recent.extend(known)
         if len(self._first) < SHORT:
             self._first += [loss for loss in known if math.isfinite(loss)][: SHORT - len(self._first)]
+            state.start_loss = self._first[0] if self._first else math.nan
             # Steps that are too large wreck the weights at once: then the very first loss is the one to go by.
             state.first_loss = min(statistics.median(self._first), self._first[0]) if self._first else math.nan
         state.loss = _median(list(self._recent)[-SHORT:])
@@ -52,13 +53,16 @@ class Course:
 
     def begin_anew(self, state: RunState) -> None:
         """Forget also where the loss began, and its best: the weights have learnt nothing yet."""
+        if math.isfinite(state.loss):
+            state.given_up = min(state.given_up, state.loss)
         self._first.clear()
         state.best_loss = math.inf
 
     def _learns(self, state: RunState) -> bool:
         if not math.isfinite(state.loss):
             return False
-        if is_well_below(state.loss, state.first_loss):
+        is_better = state.loss < state.given_up - FALL * abs(state.given_up)
+        if is_well_below(state.loss, state.first_loss) and (is_better or math.isinf(state.given_up)):
             return True
         recent = list(self._recent)
         if len(recent) < 3 * SHORT:

@@ -46,6 +46,7 @@ class DecayLR(BetweenStepsAction):
 
     default_on: ClassVar[tuple[str, ...]] = ("exploding", "divergence", "spike", "oscillation", "update_ratio")
     priority: ClassVar[int] = 20
+    only_rate: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -22,13 +22,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction, RunState
+from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction, RunState, keys_of
 from gradwatch.actions.course import Course
 from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.presets import Ladder, chosen
+from gradwatch.actions.probation import Probation
 from gradwatch.actions.renewal import Stop
 from gradwatch.actions.rollback import Rollback
-from gradwatch.actions.trial import HELPED, Trial
+from gradwatch.actions.trial import HELPED, WORSE, Trial
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import SEVERITIES, ActionRecord, Finding
 
@@ -37,6 +38,8 @@ logger = logging.getLogger("gradwatch")
 GIVE_UP_AFTER = 8
 #: Steps after giving up on a rule from which on a resolved finding of it means that remedies get a new chance.
 NEW_CHANCE = 1000
+#: Steps that a finding may stand, nothing being learnt, before a ladder says that it can do nothing about it.
+HELPLESS = 300
 #: What the record calls it.
 GIVE_UP = "GiveUp"
 
@@ -60,16 +63,20 @@ class Policy:
         in_step = [a for a in listed if isinstance(a, InStepAction)]
         self.in_step = sorted(in_step, key=lambda action: action.name != "SkipStep")
         self.between = [a for a in listed if isinstance(a, BetweenStepsAction)]
-        if not isinstance(listed, Ladder):
+        self._is_ladder = isinstance(listed, Ladder)
+        if not self._is_ladder:
             self.between.sort(key=lambda action: action.priority)
-        self._keys = dict(zip(map(id, self.between), _keys(self.between), strict=True))
+        self._keys = dict(zip(map(id, self.between), keys_of(self.between), strict=True))
         self.dry_run = dry_run
         self.state = RunState()
         self._course = Course()
         self._open: dict[str, Finding] = {}
         self._trial: Trial | None = None
+        self._probation: Probation | None = None
         self._failed_in_row = self._fresh_from = 0
         self._given_up: dict[str, int] = {}
+        #: Ids of findings of which it was said that nothing can be done about them.
+        self._told: list[str] = []
         #: Rule to the action that helped against it last, when it was applied, and until when a relapse counts.
         self._cured: dict[str, tuple[str, int, int]] = {}
         #: Rule to the step since which it has come back again and again.
@@ -90,9 +97,10 @@ class Policy:
         # Losses of steps before the present weights say nothing about them.
         self._course.take(known[max(0, len(known) - max(0, step - self._fresh_from)) :], self.state)
         self._judge(step)
-        if self._trial is not None:
-            return None
+        if (undone := self._undone(step)) is not None or self._trial is not None:
+            return undone
         for finding in self._gravest_first():
+            self._say_helpless(finding, step)
             due, is_waiting = self._remedy(finding, step)
             if due is not None or is_waiting:
                 return due
@@ -101,6 +109,7 @@ class Policy:
     def applied(self, due: Due, step: int, *, detail: str = "") -> ActionRecord:
         """Note that `due` was applied, and that `step` is the first to feel it; `detail` says more of what was done."""
         record = self._recorded(due, step, detail=detail)
+        self._put_on_probation(due, record)
         if due.lr_factor is not None and not self.dry_run:
             self.state.lr_factor = due.lr_factor
         if due.finding is not None:
@@ -122,6 +131,32 @@ class Policy:
             self._begin_anew(step)
         return record
 
+    def _put_on_probation(self, due: Due, record: ActionRecord) -> None:
+        key, present = self._keys[id(due.action)], self._probation
+        if due.undo and present is not None:
+            self.state.undone.append(key)
+            self._news.append(dataclasses.replace(present.record, outcome=WORSE))
+        if due.undo or (due.action.begins_anew and not due.action.is_undone):
+            self._probation = None
+        elif not self.dry_run and (found := Probation.of(due, key, record, self.state)):
+            # New weights after new weights are held against the first ones.
+            is_again = present is not None and present.key == key
+            self._probation = dataclasses.replace(present, step=record.step) if present and is_again else found
+
+    def _action(self, key: str) -> BetweenStepsAction:
+        return next(action for action in self.between if self._keys[id(action)] == key)
+
+    def _undone(self, step: int) -> Due | None:
+        """What takes a remedy back that did worse in the long run."""
+        probation = self._probation
+        if probation is None:
+            return None
+        action = self._action(probation.key)
+        passed = probation.is_passed(step, action, self.state)
+        if passed:
+            self._probation = None
+        return probation.undone(action, self.state) if passed is False else None
+
     def _begin_anew(self, step: int) -> None:
         """Other weights: what milder remedies did for the old ones counts no longer."""
         self.state.began = step
@@ -135,6 +170,8 @@ class Policy:
     def failed(self, due: Due, step: int, why: str) -> ActionRecord:
         """Note that `due` could not be applied: it counts as a remedy that did not help."""
         record = dataclasses.replace(self._recorded(due, step), outcome=f"failed: {why}")
+        if due.undo:
+            self._probation = None
         if due.finding is not None:
             self._note_failure(self._keys[id(due.action)], due.finding.rule)
         return record
@@ -174,6 +211,8 @@ class Policy:
             return
         self._trial = None
         self._news.append(dataclasses.replace(trial.record, outcome=outcome))
+        if outcome == WORSE and self._probation is not None and self._probation.key == trial.key:
+            self._probation = self._probation.shortened(self._action(trial.key))
         if outcome == HELPED:
             self._failed_in_row = 0
             applied = trial.record.step
@@ -210,7 +249,7 @@ class Policy:
 
     def _remedy(self, finding: Finding, step: int) -> tuple[Due | None, bool]:
         """What is due for a finding; and whether nothing else may be done before its remedy."""
-        if finding.rule in self._given_up or not any(_answers(action, finding) for action in self.between):
+        if finding.rule in self._given_up or not any(action.answers(finding) for action in self.between):
             return None, False
         if self._failed_in_row >= GIVE_UP_AFTER:
             return self._give_up(finding, step, f"{GIVE_UP_AFTER} remedies in a row did not help"), False
@@ -221,11 +260,19 @@ class Policy:
                 continue
             if self._is_time(action, finding, step) and (due := action.respond(finding, step, self.state)):
                 return due, False
-            if finding.evidence.get("cause_id", "") in action.cures and not self.state.learns:
+            is_young = step - finding.first_step < HELPLESS
+            if finding.evidence.get("cause_id", "") in action.cures and not self.state.learns and is_young:
                 return None, True  # what takes the cause away waits to be sure
         if not may_help and any(key.endswith(f":{finding.rule}") for key in self.state.failures):
             return self._give_up(finding, step, "no remedy is left"), False
         return None, False
+
+    def _say_helpless(self, finding: Finding, step: int) -> None:
+        """Of a ladder somebody expects that it does something: say once where it cannot."""
+        is_long = step - finding.first_step >= HELPLESS and finding.severity != "info"
+        if self._is_ladder and is_long and not self.state.learns and finding.id not in self._told:
+            self._told.append(finding.id)
+            self._hand_back(finding, step, f"nothing here takes the cause of {finding.rule} away")
 
     def _rolls_back(self, finding: Finding) -> bool:
         """Whether there is a `Rollback` for it, without which a smaller rate is better than nothing."""
@@ -247,7 +294,8 @@ class Policy:
             action = self.between[place]
             times = self.state.times.get(self._keys[id(action)], 0)
             within_limit = action.max_times is None or times < action.max_times
-            if _answers(action, finding) and within_limit and not is_spent[place]:
+            is_barred = self._keys[id(action)] in self.state.undone
+            if action.answers(finding) and within_limit and not is_spent[place] and not is_barred:
                 yield action
 
     def _is_time(self, action: BetweenStepsAction, finding: Finding, step: int) -> bool:
@@ -265,6 +313,10 @@ class Policy:
         stop = next((a for a in self.between if isinstance(a, Stop) and finding.rule in a.on), None)
         if stop is not None:
             return Due(stop, f"{detail}; training stopped", layers=finding.layers, finding=finding)
+        self._hand_back(finding, step, detail)
+        return None
+
+    def _hand_back(self, finding: Finding, step: int, detail: str) -> None:
         logger.warning("gradwatch: %s; the run is handed back: %s", detail, finding.message)
         self._count += 1
         self._news.append(
@@ -279,7 +331,6 @@ class Policy:
                 dry_run=self.dry_run,
             )
         )
-        return None
 
     def _recorded(self, due: Due, step: int, *, detail: str = "") -> ActionRecord:
         key = self._keys[id(due.action)]
@@ -311,9 +362,11 @@ class Policy:
             "course": self._course.state_dict(),
             "open": [finding.to_json() for finding in self._open.values()],
             "trial": self._trial.to_json() if self._trial else None,
+            "probation": self._probation.to_json() if self._probation else None,
             "failed_in_row": self._failed_in_row,
             "fresh_from": self._fresh_from,
             "given_up": self._given_up,
+            "told": self._told,
             "cured": self._cured,
             "chronic": self._chronic,
             "count": self._count,
@@ -327,22 +380,9 @@ class Policy:
         self._course.load_state_dict(state["course"])
         self._open = {data["id"]: Finding.from_json(data) for data in state["open"]}
         self._trial = Trial.from_json(state["trial"]) if state["trial"] else None
+        self._probation = Probation.from_json(state["probation"]) if state["probation"] else None
         self._failed_in_row, self._fresh_from = state["failed_in_row"], state["fresh_from"]
-        self._given_up = dict(state["given_up"])
+        self._given_up, self._told = dict(state["given_up"]), list(state["told"])
         self._cured = {rule: (key, applied, until) for rule, (key, applied, until) in state["cured"].items()}
         self._chronic = dict(state["chronic"])
         self._count = state["count"]
-
-
-def _answers(action: BetweenStepsAction, finding: Finding) -> bool:
-    """Whether a finding calls for an action by its rule and severity."""
-    return finding.rule in action.on and SEVERITIES.index(finding.severity) >= SEVERITIES.index(action.min_severity)
-
-
-def _keys(actions: Sequence[BetweenStepsAction]) -> list[str]:
-    """The actions' names, numbered where a name comes again."""
-    keys: list[str] = []
-    for action in actions:
-        again = sum(key.partition("#")[0] == action.name for key in keys)
-        keys.append(f"{action.name}#{again + 1}" if again else action.name)
-    return keys

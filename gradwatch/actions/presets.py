@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from gradwatch.actions.adaptive import ZClip
 from gradwatch.actions.base import Action
 from gradwatch.actions.lr import DecayLR
+from gradwatch.actions.raise_lr import RaiseLR
 from gradwatch.actions.renewal import Reinitialize, Restructure, Stop
 from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.skip import SkipStep
@@ -43,7 +44,7 @@ def repair(*, restructure: bool = False) -> Ladder:
 
     Examples:
         >>> [action.name for action in repair()][2:]
-        ['DecayLR', 'Rollback', 'Reinitialize', 'Stop']
+        ['DecayLR', 'Rollback', 'RaiseLR', 'Reinitialize', 'Stop']
     """
     remedies: list[Action] = [
         # A loss that has diverged does not come back from a smaller rate alone.
@@ -58,11 +59,12 @@ def repair(*, restructure: bool = False) -> Ladder:
             hold=200,
         ),
         Rollback(on=(*Rollback.default_on, "update_ratio"), factor=0.3, every=50, cooldown=5, max_times=8),
+        RaiseLR(),
         Reinitialize(on=(*Reinitialize.default_on, "stall", "imbalance")),
     ]
     if restructure:
         # An output that lets no gradient through is mended first: that keeps all weights.
-        remedies.insert(2, Restructure(changes=("output",), tries=1))
+        remedies.insert(3, Restructure(changes=("output",), tries=1))
         remedies.append(Restructure(changes=("activation", "norm"), tries=2))
     return Ladder([*protect(), *remedies, Stop(confirm=200)])
 

@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Unpack
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RemedyOptions, RunState, require_positive
+from gradwatch.actions.base import OF_THE_RATE, BetweenStepsAction, Due, RemedyOptions, RunState, require_positive
 from gradwatch.actions.course import is_well_below
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding
 
 #: How `Reinitialize` may fill weights; `gradwatch.remedies.initialize` knows the same.
 SCHEMES = ("auto", "data", "kaiming", "xavier", "orthogonal", "lsuv", "default")
-CHANGES = ("output", "activation", "norm")
-#: Causes (ids of `gradwatch.diagnosis`) that would bring new weights down as well, at the same rate.
-_OF_THE_RATE = ("learning_rate", "killed_units", "data_scale")
+#: Changes of the architecture, and the causes (ids of `gradwatch.diagnosis`) that each takes away for sure.
+CHANGES = {"output": ("output_layer",), "activation": ("activation",), "norm": ()}
+#: Causes that no new weights take away.
+_NOT_OF_THE_WEIGHTS = ("half_overflow", "half_underflow", "gradients_not_cleared", "unused_layers", "weight_decay")
 #: Rules that call for new weights only where these take the cause away.
 _BY_CAUSE = ("stall", "imbalance", "plateau")
 #: The learning-rate factor never falls below this.
@@ -33,7 +34,9 @@ class _WhenNothingIsLearnt(BetweenStepsAction):
         super().__init__(**given)
 
     def is_called_for(self, finding: Finding, state: RunState) -> bool:
-        """Whether nothing would be lost."""
+        """Whether nothing would be lost, and something might be won."""
+        if finding.evidence.get("cause_id", "") in _NOT_OF_THE_WEIGHTS:
+            return False
         if math.isnan(state.loss):
             return finding.severity == "critical"
         if finding.evidence.get("skipped") and is_well_below(state.best_loss, state.first_loss, share=0.8):
@@ -68,7 +71,8 @@ class Reinitialize(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 40
-    cures: ClassVar[tuple[str, ...]] = ("init_large", "init_small", "recurrence", "dying_relu", "killed_units")
+    cures = ("init_large", "init_small", "recurrence", "dying_relu")
+    is_undone: ClassVar[bool] = True
 
     def __init__(self, *, scheme: str = "auto", factor: float = 0.1, **common: Unpack[RemedyOptions]) -> None:
         given: RemedyOptions = {"max_times": 3, "tries": 2, **common}
@@ -85,7 +89,7 @@ class Reinitialize(_WhenNothingIsLearnt):
         cause = finding.evidence.get("cause_id", "")
         if not self.is_called_for(finding, state) or (finding.rule in _BY_CAUSE and cause not in self.cures):
             return None
-        is_whole = cause not in _OF_THE_RATE and self.name not in state.times
+        is_whole = cause not in OF_THE_RATE and self.name not in state.times
         after = 1.0 if is_whole else min(state.lr_factor, max(state.lr_factor * self.factor, _MIN_FACTOR))
         # A dead or saturated layer is its own fault; a signal that shrinks or grows is everyone's on its way.
         layers = finding.layers if finding.rule in ("dead", "dying_relu", "saturation") else ()
@@ -151,7 +155,6 @@ class Restructure(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 60
-    cures: ClassVar[tuple[str, ...]] = ("output_layer",)
 
     def __init__(
         self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", **common: Unpack[RemedyOptions]
@@ -162,6 +165,7 @@ class Restructure(_WhenNothingIsLearnt):
             if change not in CHANGES:
                 raise UnknownNameError.among("change", change, CHANGES)
         self.changes, self.replacement = tuple(changes), replacement
+        self.cures = tuple(cause for change in changes for cause in CHANGES[change])
 
     def respond(self, finding: Finding, step: int, state: RunState) -> Due | None:
         """See `BetweenStepsAction.respond`."""

@@ -6,13 +6,23 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_count, require_positive, sound_factor
+from gradwatch.actions.base import (
+    OF_THE_RATE,
+    BetweenStepsAction,
+    Due,
+    RunState,
+    require_count,
+    require_positive,
+    sound_factor,
+)
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Finding
 
 PLACES = ("memory", "disk")
 #: Steps that are skipped are borne with this many times as long.
 SKIPPED = 3
+#: Rules that call for it only where steps that were too large did the harm: the weights before them are good.
+_BY_CAUSE = ("dead", "dying_relu", "vanishing")
 
 
 class Rollback(BetweenStepsAction):
@@ -43,7 +53,7 @@ class Rollback(BetweenStepsAction):
         'disk'
     """
 
-    default_on: ClassVar[tuple[str, ...]] = ("nonfinite", "divergence", "exploding")
+    default_on: ClassVar[tuple[str, ...]] = ("nonfinite", "divergence", "exploding", *_BY_CAUSE)
     priority: ClassVar[int] = 10
     renews: ClassVar[bool] = True
 
@@ -80,6 +90,8 @@ class Rollback(BetweenStepsAction):
         """See `BetweenStepsAction.respond`."""
         if finding.rule == "nonfinite" and finding.first_step <= state.began:
             return None  # there is no good state: these weights never gave a finite step
+        if finding.rule in _BY_CAUSE and not _is_killed(finding, state):
+            return None
         if finding.evidence.get("skipped") == "grad_scaler":
             return None
         # Where no update was taken, the weights are as good as before; yet they may be such as to make more of them.
@@ -113,3 +125,8 @@ class Rollback(BetweenStepsAction):
             "min_factor": self.min_factor,
             "patience": self.patience,
         }
+
+
+def _is_killed(finding: Finding, state: RunState) -> bool:
+    """Whether the weights once passed a gradient on, and steps that were too large ended that."""
+    return finding.evidence.get("cause_id", "") in OF_THE_RATE and finding.first_step > state.began

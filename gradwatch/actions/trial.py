@@ -67,7 +67,9 @@ class Trial:
         if math.isnan(state.loss) or math.isnan(self.loss):
             graver = (SEVERITIES.index(finding.severity) > SEVERITIES.index(self.severity) for finding in same)
             return any(graver)
-        reference = max(abs(self.loss), abs(state.first_loss))
+        # Whoever goes back to the start begins at its loss again.
+        start = abs(state.start_loss) if self.renews and not math.isnan(state.start_loss) else 0.0
+        reference = max(abs(self.loss), abs(state.first_loss), start)
         return math.isfinite(self.loss) and not state.loss <= WORSE_LOSS * reference
 
     def to_json(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class KerasActions:
         on_disk = self._rollback is not None and self._rollback.where == "disk"
         self._directory = run_dir if on_disk else None
         self._folder: Path | None = None
+        self._given_up: list[Array] | None = None
         self._ring: deque[_Snapshot] = deque(maxlen=self._rollback.keep if self._rollback else 1)
         if any(action.name == "Restructure" for action in actions):
             raise ConfigurationError("'Restructure' changes PyTorch models only, not Keras models")
@@ -101,15 +102,18 @@ class KerasActions:
         """
         action: Any = due.action
         values, done = self.values(state), ""
-        if not (self.are_weights_here or action.name in ("DecayLR", "Stop")):
+        if not (self.are_weights_here or action.only_rate or action.name == "Stop"):
             raise CannotApplyError("the weights and the optimizer's state are in variables of the loop")
-        if action.name == "Rollback":
+        if due.undo and not action.only_rate:
+            done = self._put_back(values)
+        elif action.name == "Rollback":
             done = self._roll_back(due, values)
         elif action.name == "ResetOptimizerState":
             done = f"state of {values.forget(self._chosen(due.layers))} variables"
             if not due.layers:
                 values.restart_counts()
         elif action.name == "Reinitialize":
+            self._given_up = self._given_up or [values.read(variable) for variable in values.everything()]
             done = self._initialize(due.layers, action.scheme, values)
         return values.state, done
 
@@ -136,6 +140,14 @@ class KerasActions:
         if not layers:
             values.restart_counts()
         return f"{len(chosen)} variables"
+
+    def _put_back(self, values: Values) -> str:
+        if self._given_up is None:
+            raise CannotApplyError("the weights before were not kept")
+        for variable, value in zip(values.everything(), self._given_up, strict=True):
+            values.write(variable, value)
+        self._given_up = None
+        return "the weights before are back"
 
     def _roll_back(self, due: Due, values: Values) -> str:
         if not self._ring:

@@ -56,6 +56,7 @@ class TorchActions:
         self._model, self._optimizers = model, optimizers
         self._rollback = next((action for action in actions if isinstance(action, Rollback)), None)
         self._snapshots: Snapshots | None = None
+        self._given_up: Snapshots | None = None
         self._filled = 1
         self._waiting: _AtNextForward | None = None
         for action in actions:
@@ -100,13 +101,16 @@ class TorchActions:
             CannotApplyError: It cannot be done.
         """
         action = due.action
-        if isinstance(action, Rollback):
+        if due.undo:
+            self._put_back(self._kept(step, done))
+        elif isinstance(action, Rollback):
             done(self._roll_back(due))
         elif isinstance(action, ResetOptimizerState):
             done(self._forget(due.layers))
         elif isinstance(action, Restructure):
             self._restructure(action, self._kept(step, done))
         elif isinstance(action, Reinitialize):
+            self._give_up_weights(step)
             self._initialize(action.scheme, due.layers, self._kept(step, done))
         else:
             done("")
@@ -134,6 +138,19 @@ class TorchActions:
             done(words)
 
         return renewed
+
+    def _give_up_weights(self, step: int) -> None:
+        """Keep what new weights are measured against: the first weights that were given up."""
+        if self._given_up is None:
+            self._given_up = Snapshots(self._model, self._optimizers, keep=1)
+            self._given_up.take(step)
+
+    def _put_back(self, done: Done) -> None:
+        if self._given_up is None:
+            raise CannotApplyError("the weights before were not kept")
+        step = self._given_up.restore(0)
+        self._given_up = None
+        done(f"the weights before step {step}")
 
     def _roll_back(self, due: Due) -> str:
         assert self._snapshots is not None
@@ -165,6 +182,7 @@ class TorchActions:
         return [p for name in layers if name in modules for p in modules[name].parameters(recurse=False)]
 
     def _restructure(self, action: Restructure, done: Done) -> None:
+        self._given_up = None  # they have no place in another architecture
         made = ((kind, _CHANGES[kind](self._model, action, self._optimizers)) for kind in action.changes)
         kind, changes = next(((kind, changes) for kind, changes in made if changes), ("", []))
         if not changes:

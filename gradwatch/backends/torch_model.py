@@ -20,6 +20,8 @@ _ACTIVATIONS = tuple(
         "RReLU", "SELU", "Sigmoid", "SiLU", "Softmax", "LogSoftmax", "Softplus", "Softsign", "Tanh",
     )
 )  # fmt: skip
+#: Class names of activations that torch lacks.
+_OTHER_ACTIVATIONS = ("Exp", "Exponential")
 #: Modules that may stand between a layer and its activation.
 _TRANSPARENT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity, nn.Flatten, nn.Unflatten)
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -109,7 +111,7 @@ def following_activations(modules: dict[str, nn.Module]) -> dict[str, str]:
     found: dict[str, str] = {}
     waiting: list[str] = []
     for name, module in leaves:
-        if isinstance(module, _ACTIVATIONS):
+        if isinstance(module, _ACTIVATIONS) or type(module).__name__ in _OTHER_ACTIVATIONS:
             found.update(dict.fromkeys(waiting, type(module).__name__))
             waiting = []
         elif isinstance(module, _NORMS):

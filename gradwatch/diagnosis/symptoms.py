@@ -212,6 +212,16 @@ class Symptoms:
         return self.first_norm > 100
 
     @property
+    def everywhere(self) -> bool:
+        """All layers are concerned."""
+        return bool(self.finding.evidence.get("everywhere"))
+
+    @property
+    def tiny_rate(self) -> bool:
+        """The learning rate is below all that is in use."""
+        return 0 < self.rate < 1e-6
+
+    @property
     def tiny_first_gradient(self) -> bool:
         """The very first gradient is next to nothing for the size of the loss."""
         return self.first_matrix_norm < 0.01 * abs(self.first_loss)

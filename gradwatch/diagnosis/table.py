@@ -92,6 +92,7 @@ TABLE: tuple[Row, ...] = (
     Row("half_underflow", ("underflow",), ()),
     Row("init_small", ("stall",), ("tiny_first_gradient", "deep"), why="the signal was gone before the first step"),
     Row("half_underflow", ("stall",), ("rounded",), why="updates below the resolution of the weights"),
+    Row("learning_rate_small", ("stall",), ("everywhere", "tiny_rate"), why="nothing moves at such a rate"),
     Row("output_layer", ("dead", "vanishing", "plateau"), ("one_output",), why="a softmax over one unit is 1"),
     Row("init_small", SILENCE, ("weights_zero", "zero_from_start"), why="zero weights pass no signal"),
     Row("data_scale", SILENCE, ("inputs_unscaled", "jumped", "not bounded"), why="large inputs, then dead units"),

@@ -20,7 +20,7 @@ except ImportError:
     raise MissingDependencyError.of("fastai", extra="fastai") from None
 
 #: What needs no more of an optimizer than its steps and its rate.
-_WITHOUT_STATE = ("DecayLR", "Stop")
+_WITHOUT_STATE = ("DecayLR", "RaiseLR", "Stop")
 
 
 class GradWatch(Callback):  # type: ignore[misc]  # fastai has no types

@@ -311,7 +311,7 @@ def rule_of(policy: Policy) -> Rule:
 
 def scales_lr(actions: Sequence[BetweenStepsAction]) -> bool:
     """Whether one of these may scale the learning rate."""
-    return any(action.name in ("DecayLR", "Rollback") for action in actions)
+    return any(action.only_rate or action.name in ("Rollback", "Reinitialize") for action in actions)
 
 
 def _scalar(value: Any) -> float:

@@ -30,7 +30,7 @@ except ImportError:
 
 Tree = Any
 #: What can be applied between the steps of a loop that is not ours.
-_BETWEEN = ("DecayLR", "Stop")
+_BETWEEN = ("DecayLR", "RaiseLR", "Stop")
 
 
 class WatchState(NamedTuple):
@@ -155,7 +155,7 @@ class Recorder:
         self._inner, self._settings = inner, settings
         self._actions, self._every = policy.in_step, checked.stats_every
         self._acts = bool(policy.in_step) and not checked.dry_run
-        self._asks = not checked.dry_run and any(action.name == "DecayLR" for action in policy.between)
+        self._asks = not checked.dry_run and any(action.only_rate for action in policy.between)
         self._names: tuple[str, ...] = ()
 
     def init(self, params: Tree) -> WatchState:

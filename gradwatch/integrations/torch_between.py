@@ -13,7 +13,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradwatch.actions.base import Due
-from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.policy import Policy
 from gradwatch.actions.renewal import Stop
 from gradwatch.backends.torch_actions import CannotApplyError, TorchActions
@@ -76,7 +75,7 @@ class BetweenSteps:
         """
         if self._is_closing or self.is_off:
             return
-        if self._actions is None or isinstance(due.action, DecayLR):
+        if self._actions is None or due.action.only_rate:
             self._monitor.acted(due, step)
         elif isinstance(due.action, Stop):
             self._monitor.acted(due, step)

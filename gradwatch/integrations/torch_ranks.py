@@ -330,6 +330,7 @@ def _as_json(due: Due, policy: Policy) -> dict[str, Any]:
         "lr_factor": due.lr_factor,
         "until_step": due.until_step,
         "backs": due.backs,
+        "undo": due.undo,
     }
 
 

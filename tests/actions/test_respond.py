@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gradwatch.actions import DecayLR, Ladder, Reinitialize, Rollback
+from gradwatch.actions import DecayLR, Ladder, RaiseLR, Reinitialize, Restructure, Rollback
 from gradwatch.actions.base import RunState
 from gradwatch.actions.course import Course
 from gradwatch.actions.policy import Policy
@@ -71,6 +71,47 @@ def test_the_way_back_of_the_rate_is_given_up_when_the_loss_rises_again() -> Non
     assert policy.state.lr_factor == 0.1
 
 
+# -- RaiseLR -----------------------------------------------------------------------------------------------------------
+
+
+STALL = {"cause_id": "learning_rate_small", "ratio": 1e-7, "everywhere": True}
+
+
+def test_a_run_that_stands_still_gets_the_rate_that_moves_it_as_usual() -> None:
+    assert factor_of(RaiseLR(), sick("stall", evidence=STALL)) == pytest.approx(1e4)
+    assert factor_of(RaiseLR(max_factor=50.0), sick("stall", evidence=STALL)) == 50.0
+    assert factor_of(RaiseLR(), sick("stall", evidence=STALL), RunState(lr_factor=0.1)) == pytest.approx(1e3)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "learns"),
+    [
+        ({**STALL, "cause_id": "init_small"}, False),
+        ({**STALL, "everywhere": False}, False),
+        ({**STALL, "ratio": 0.0}, False),
+        ({**STALL, "ratio": 0.01}, False),
+        (STALL, True),
+    ],
+)
+def test_a_rate_is_not_raised_where_it_is_not_the_cause_or_something_is_learnt(
+    evidence: dict[str, Any], *, learns: bool
+) -> None:
+    assert factor_of(RaiseLR(), sick("stall", evidence=evidence), RunState(learns=learns)) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"target": 0.5}, "'target' must be <= 0.01: 0.5"),
+        ({"max_factor": 0.5}, "'max_factor' must be > 1: 0.5"),
+        ({"target": 0.0}, "'target' must be a finite number > 0: 0.0"),
+    ],
+)
+def test_arguments_of_a_raised_rate_are_checked(arguments: dict[str, float], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        RaiseLR(**arguments)
+
+
 # -- Rollback ----------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +129,23 @@ def test_skipped_steps_are_borne_with_for_longer(skipped: str, step: int, is_due
     finding = sick("nonfinite", severity="warning", evidence={"skipped": skipped})
 
     assert (factor_of(Rollback(patience=20), finding, step=step) is not None) == is_due
+
+
+@pytest.mark.parametrize(
+    ("cause", "first_step", "is_due"),
+    [
+        ("killed_units", 150, True),
+        ("learning_rate", 150, True),
+        ("dying_relu", 150, False),
+        ("killed_units", 90, False),
+    ],
+)
+def test_units_that_steps_killed_come_back_with_the_weights_before(
+    cause: str, first_step: int, *, is_due: bool
+) -> None:
+    finding = sick("dead", step=first_step, evidence={"cause_id": cause})
+
+    assert (factor_of(Rollback(), finding, RunState(began=100)) is not None) == is_due
 
 
 # -- Reinitialize ------------------------------------------------------------------------------------------------------
@@ -126,6 +184,23 @@ def test_a_loss_that_only_fell_from_a_bad_start_is_not_learning() -> None:
     assert followed([2.3 * 0.99**step for step in range(100)]).learns
 
 
+def test_new_weights_have_learnt_once_they_are_better_than_those_given_up() -> None:
+    state, course = followed([2.3] * 20), Course()
+    course.begin_anew(state)
+    learns = []
+    for loss in (*[8.0] * 9, *[2.28] * 80, *[2.1] * 60):
+        course.take([loss], state)
+        learns.append(state.learns)
+
+    assert (learns[80], learns[-1]) == (False, True)
+
+
+@pytest.mark.parametrize("action", [Reinitialize(), Restructure()])
+@pytest.mark.parametrize("cause", ["half_overflow", "gradients_not_cleared", "weight_decay"])
+def test_weights_are_not_given_up_for_what_others_would_suffer_from_too(action: Any, cause: str) -> None:
+    assert factor_of(action, sick("nonfinite", evidence={"cause_id": cause})) is None
+
+
 def test_the_rate_factor_of_new_weights_is_checked() -> None:
     with pytest.raises(ConfigurationError, match=r"'factor' must be <= 1: 2.0"):
         Reinitialize(factor=2.0)
@@ -154,3 +229,31 @@ def test_nothing_else_is_done_while_what_cures_the_gravest_waits_to_be_sure() ->
     )
 
     assert done[0] == "11 Reinitialize"
+
+
+@pytest.mark.parametrize(("cause", "first"), [("activation", "Restructure"), ("init_large", "Reinitialize")])
+def test_an_activation_that_overflows_is_replaced_before_weights_are_given_up(cause: str, first: str) -> None:
+    policy = Policy(Ladder([Reinitialize(confirm=0), Restructure(changes=("activation",), confirm=0)]))
+
+    done = acts(policy, range(11, 13), {11: sick("nonfinite", evidence={"cause_id": cause})})
+
+    assert done == [f"11 {first}"]
+
+
+@pytest.mark.parametrize(("listed", "said"), [(Ladder, ["GiveUp"]), (list, [])])
+def test_a_ladder_says_once_that_it_can_do_nothing(listed: Any, said: list[str]) -> None:
+    policy = Policy(listed([DecayLR(on="exploding")]))
+
+    acts(policy, range(1, 700), {10: sick("underflow", severity="warning")})
+
+    assert [record.action for record in policy.take_news()] == said
+
+
+def test_a_rollback_to_the_start_is_not_worse_for_its_loss() -> None:
+    policy = Policy([Rollback(within=30)])
+    acts(policy, range(1, 2), loss=20.0)
+    acts(policy, range(2, 41), {40: sick("divergence", step=40)}, loss=2.3)
+
+    acts(policy, range(41, 72), loss=20.0)
+
+    assert policy.take_news()[0].outcome == "helped"

@@ -162,6 +162,19 @@ def test_reinitialize_gives_new_weights_and_clears_their_state(tmp_path: Path, s
     assert 0.5 < np.std(after[0]) / np.std(before[0]) < 2.0
 
 
+def test_a_false_alarm_does_not_cost_a_trained_network_its_weights(tmp_path: Path) -> None:
+    x, y = data(200)
+    model = fit(dense(optimizer=keras.optimizers.Adam(0.02)), x, y, epochs=40)
+    model.optimizer.learning_rate = 0.0
+    before, trained = model.get_weights(), model.evaluate(x, y, verbose=0)
+    actions = [gw.Reinitialize(on="exploding", confirm=0, within=15)]
+    fit(model, x, y, GradWatch(run_dir=tmp_path / "run", actions=actions, detectors=[found_at(12)]), epochs=1)
+    details = RunReader(tmp_path / "run").actions()["detail"].tolist()
+    assert ["initialised again" in details[0], "taken back" in details[-1]] == [True, True]
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(trained)
+
+
 def test_after_new_weights_what_is_usual_is_learnt_anew(tmp_path: Path) -> None:
     x, y = data(40)
     x[:24] *= 1e-3

@@ -45,6 +45,8 @@ def faulty(
     rules: tuple[str, ...],
     causes: tuple[str, ...],
     constant: float | None = None,
+    beyond: str = "",
+    twin: Callable[[], Training] | None = None,
     name: str = "",
     **arguments: Any,
 ) -> Callable[[Scenario], Scenario]:
@@ -56,12 +58,18 @@ def faulty(
         rules: Of these at least one should fire.
         causes: Of these one should be named.
         constant: Loss of the best constant predictor, for `ends="stuck"`; without it the first loss.
+        beyond: Why nothing that changes rates, weights or steps can repair it: what would have to change (the
+            `architecture`, the `precision`, the `program`), a colon, and why.
+        twin: The same training without the fault, where its steps are too few to beat the constant even so.
         name: Id, by default the function's name.
         arguments: Passed to the function, so that one function may serve several scenarios.
     """
     judge = functools.partial(_judge_faulty, ends=ends, constant=constant)
 
-    label: dict[str, Any] = {"classes": classes, "judge": judge, "rules": rules, "causes": causes}
+    label: dict[str, Any] = {
+        "classes": classes, "judge": judge, "rules": rules, "causes": causes, "beyond": beyond,
+        "twin": None if twin is None else functools.partial(_seeded, twin),
+    }  # fmt: skip
     return lambda function: _register(function, arguments, name=name, sudden=ends == "sudden", **label)
 
 
@@ -76,20 +84,21 @@ def _register(
     if identity in SCENARIOS:
         raise ValueError(f"two scenarios are named {identity!r}")
 
-    def build(seed: int) -> Training:
-        torch.manual_seed(seed)
-        return function(**arguments)
-
     SCENARIOS[identity] = Case(
         id=identity,
         suite="scenarios",
         tier="core",
-        build=build,
+        build=functools.partial(_seeded, functools.partial(function, **arguments)),
         fingerprint=fingerprint.of_function(function, arguments),
         cost=2.0,
         **label,
     )
     return function
+
+
+def _seeded(make: Callable[[], Training], seed: int) -> Training:
+    torch.manual_seed(seed)
+    return make()
 
 
 def _judge_healthy(losses: Losses, seed: int, *, learns: float) -> Outcome:

@@ -78,6 +78,7 @@ def branch_gated_off() -> Training:
 @faulty(
     "zero_gradient", "vanishing", "stalled",
     ends="stuck", rules=("dead", "vanishing", "plateau", "stall"), causes=("output_layer",),
+    beyond="architecture: a softmax over one unit has no gradient",
 )  # fmt: skip
 def softmax_over_one_unit() -> Training:
     """A softmax over a single output is always 1: no gradient reaches anything."""
@@ -93,6 +94,7 @@ def softmax_over_one_unit() -> Training:
     ends="stuck", constant=UNIFORM_10,
     rules=("exploding", "oscillation", "update_ratio", "divergence", "spike", "nonfinite", "plateau", "dead"),
     causes=("gradients_not_cleared",),
+    beyond="program: each gradient holds all before it until the loop clears them",
 )  # fmt: skip
 def gradients_never_cleared() -> Training:
     """`zero_grad` was forgotten: each gradient is added to all before it."""

@@ -160,7 +160,14 @@ def features_not_scaled() -> Training:
     return supervised(model, optimizer, epochs(x, y, size=32), F.mse_loss, steps=200)
 
 
-@faulty("nan", "exploding", ends="blow_up", rules=("nonfinite",), causes=("half_overflow",))
+@faulty(
+    "nan",
+    "exploding",
+    ends="blow_up",
+    rules=("nonfinite",),
+    causes=("half_overflow",),
+    beyond="precision: a fixed loss scale in the loop sends gradients out of float16's range",
+)
 def float16_overflow() -> Training:
     """All in float16 with a fixed loss scale of 2**20: the gradients leave the range at 65504."""
     x, y = digits()
@@ -182,6 +189,7 @@ def float16_overflow() -> Training:
 @faulty(
     "vanishing", "zero_gradient", "stalled",
     ends="stuck", constant=UNIFORM_10, rules=("underflow", *STALLS, "unused"), causes=("half_underflow",),
+    beyond="precision: gradients flush to zero in float16",
 )  # fmt: skip
 def float16_underflow() -> Training:
     """A loss divided by 4096 (pixels of a dense task) in float16 without scaling: gradients flush to zero."""

@@ -151,7 +151,14 @@ def quadratic_just_unstable() -> Training:
     return supervised(model, optimizer, epochs(x, y, size=128), half_mse, steps=600)
 
 
-@faulty("exploding", "nan", ends="blow_up", rules=EXPLODES, causes=("weight_decay", "learning_rate"))
+@faulty(
+    "exploding",
+    "nan",
+    ends="blow_up",
+    rules=EXPLODES,
+    causes=("weight_decay", "learning_rate"),
+    beyond="program: the optimizer's weight decay undoes what gradients do to the weights",
+)
 def weight_decay_explodes() -> Training:
     """Decay 25 with rate 0.1 multiplies every weight by -1.5 at each step."""
     model = mlp(64, 64, 10)
@@ -164,6 +171,7 @@ def weight_decay_explodes() -> Training:
     ends="stuck", constant=UNIFORM_10,
     rules=("vanishing", "dead", "plateau", "stall", "imbalance", "update_ratio"),
     causes=("weight_decay",),
+    beyond="program: the optimizer's weight decay undoes what gradients do to the weights",
 )  # fmt: skip
 def weight_decay_collapses() -> Training:
     """Decay so strong that the weights shrink to nothing and the signal with them."""
@@ -172,7 +180,14 @@ def weight_decay_collapses() -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=600)
 
 
-@faulty("exploding", "nan", ends="blow_up", rules=EXPLODES, causes=("learning_rate",))
+@faulty(
+    "exploding",
+    "nan",
+    ends="blow_up",
+    rules=EXPLODES,
+    causes=("learning_rate",),
+    beyond="program: off-policy bootstrapping diverges at every rate",
+)
 def bootstrapped_values_diverge() -> Training:
     """Sutton & Barto 2018, section 11.2: off-policy bootstrapping with function approximation (Baird's star)."""
     features = torch.cat([2 * torch.eye(7), torch.zeros(7, 1)], dim=1)

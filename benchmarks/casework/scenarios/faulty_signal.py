@@ -144,6 +144,7 @@ def relu_killed_by_one_update() -> Training:
 @faulty(
     "zero_gradient", "dying_relu", "vanishing", "stalled",
     ends="stuck", rules=("dead", "dying_relu", "vanishing", "plateau", "stall"), causes=("dying_relu",),
+    beyond="architecture: a ReLU at the output cannot reach negative targets",
 )  # fmt: skip
 def relu_output_for_negative_targets() -> Training:
     """ReLU as the last layer of a regression whose targets are all below zero."""
@@ -192,6 +193,7 @@ def recurrence_radius_large() -> Training:
 @faulty(
     "exploding", "stalled", "oscillating",
     ends="stuck", constant=0.17, rules=(*EXPLODES, *VANISHES), causes=("recurrence", "saturating_activation"),
+    twin=lambda: _adding(1.0, "tanh", 1e-2),
 )  # fmt: skip
 def recurrence_tanh_chaotic() -> Training:
     return _adding(6.0, "tanh", 1e-2)
