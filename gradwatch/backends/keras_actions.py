@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import tempfile
 from collections import deque
@@ -17,6 +19,7 @@ from gradwatch.actions.base import BetweenStepsAction, Due
 from gradwatch.backends.keras_fill import fresh_value, owners_of
 from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_values import Array, Values
+from gradwatch.backends.room import require_room
 from gradwatch.errors import ConfigurationError
 
 
@@ -66,6 +69,14 @@ class KerasActions:
         self._ring: deque[_Snapshot] = deque(maxlen=self._rollback.keep if self._rollback else 1)
         if any(action.name == "Restructure" for action in actions):
             raise ConfigurationError("'Restructure' changes PyTorch models only, not Keras models")
+        if self._rollback is not None:
+            require_room(self._rollback.keep, self._size(), self._directory)
+
+    def _size(self) -> int:
+        """Bytes of one snapshot; an optimizer that is not built yet is taken to hold two numbers for each weight."""
+        built = sum(map(_bytes, Values(self._model, self._optimizers).everything()))
+        coming = sum(2 for optimizer in self._optimizers if not optimizer.built)
+        return built + coming * sum(map(_bytes, self._model.trainable_variables))
 
     def values(self, state: Any) -> Values:
         """Access to all variables; `state` is JAX's."""
@@ -166,3 +177,8 @@ class KerasActions:
 def _delete(snapshot: _Snapshot) -> None:
     if isinstance(snapshot.values, Path):
         snapshot.values.unlink(missing_ok=True)
+
+
+def _bytes(variable: Any) -> int:
+    bits = re.search(r"\d+", str(variable.dtype))
+    return math.prod(variable.shape) * (int(bits[0]) // 8 if bits else 1)

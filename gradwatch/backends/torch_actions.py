@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from gradwatch.remedies import Change, insert_norm, mend_output, replace_activat
 from gradwatch.remedies.initialization import fill
 from gradwatch.remedies.network import NORMS, layers_of, require_plain
 from gradwatch.remedies.structure import is_output_shut, is_saturating
-from gradwatch.remedies.words import in_bytes
 
-logger = logging.getLogger("gradwatch")
 #: Called when an action was applied: what was done, in words.
 Done = Callable[[str], None]
 #: A forward pass over a batch.
@@ -64,12 +61,6 @@ class TorchActions:
         if self._rollback is not None:
             directory = run_dir / "snapshots" if self._rollback.where == "disk" else None
             self._snapshots = Snapshots(model, optimizers, keep=self._rollback.keep, directory=directory)
-            logger.info(
-                "gradwatch: Rollback keeps %d snapshots, up to %s in %s",
-                self._rollback.keep,
-                in_bytes(self._snapshots.cost),
-                self._rollback.where,
-            )
 
     def begin(self, step: int) -> None:
         """Take the first snapshot, before `step`."""
@@ -142,7 +133,10 @@ class TorchActions:
     def _give_up_weights(self, step: int) -> None:
         """Keep what new weights are measured against: the first weights that were given up."""
         if self._given_up is None:
-            self._given_up = Snapshots(self._model, self._optimizers, keep=1)
+            try:
+                self._given_up = Snapshots(self._model, self._optimizers, keep=1)
+            except ConfigurationError as error:
+                raise CannotApplyError(f"the weights could not be kept meanwhile: {error}") from None
             self._given_up.take(step)
 
     def _put_back(self, done: Done) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from collections import deque
@@ -17,12 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch.backends.room import require_room
 from gradwatch.backends.torch_sharding import local
-from gradwatch.errors import ConfigurationError
-from gradwatch.remedies.words import in_bytes
-
-#: Share of the free memory or disk that snapshots may take.
-_MOST = 0.8
 
 
 @dataclass
@@ -60,14 +55,7 @@ class Snapshots:
     ) -> None:
         self._model, self._optimizers = model, optimizers
         self._ring: deque[Snapshot] = deque(maxlen=keep)
-        self.cost = keep * _size(model, optimizers)
-        free = _free_memory() if directory is None else shutil.disk_usage(_existing(directory)).free
-        if self.cost > _MOST * free:
-            place = "memory" if directory is None else f"disk ({directory})"
-            raise ConfigurationError(
-                f"Rollback(keep={keep}) needs {in_bytes(self.cost)} of {place} and {in_bytes(free)} are free: "
-                "lower 'keep', or choose where='disk'"
-            )
+        require_room(keep, _size(model, optimizers), directory)
         self._directory = directory
         self._folder: Path | None = None
         self._streams: dict[torch.device, Any] = {}
@@ -223,21 +211,3 @@ def _size(model: nn.Module, optimizers: Sequence[Optimizer]) -> int:
         held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         weights += sum(v.nbytes for v in held) if held else 2 * sum(p.nbytes for p in _held(optimizer))
     return weights
-
-
-def _free_memory() -> int:
-    """Memory that is free now, in bytes."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return 2**62
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())

@@ -230,6 +230,27 @@ def test_misuse_is_refused_by_watch(actions: Any, model: Any, words: str, run_di
     gw.watch(model, optimizer, run_dir=run_dir).close()  # nothing is left in the way of the next try
 
 
+@pytest.mark.parametrize(("free", "level"), [(10**12, "INFO"), (10**4, "WARNING")])
+def test_a_rollback_says_what_it_costs_before_it_starts(
+    free: int, level: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gradwatch.backends.room._free_memory", lambda: free)
+    model = nn.Linear(100, 1)
+    with caplog.at_level("INFO", "gradwatch"):
+        gw.watch(model, torch.optim.Adam(model.parameters()), run_dir=run_dir, actions=[Rollback(keep=2)]).close()
+
+    assert "room for 2 snapshots of the weights: up to 2.42 kB of memory" in caplog.text
+    assert level in caplog.text
+
+
+def test_weights_that_cannot_be_kept_are_not_given_up(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradwatch.backends.room._free_memory", lambda: 10)
+
+    train(sigmoids(), [Reinitialize()], run_dir, steps=60)
+
+    assert recorded(run_dir)[0][2].startswith("failed: the weights could not be kept meanwhile")
+
+
 def test_the_record_keeps_the_outcome_under_the_id_of_the_action(run_dir: Path) -> None:
     actions: list[Action] = [DecayLR(on="nonfinite"), SkipStep()]
     torch.manual_seed(0)

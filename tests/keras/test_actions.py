@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import gradwatch as gw
+from gradwatch.errors import ConfigurationError
 from gradwatch.keras import GradWatch
 from gradwatch.reader import RunReader
 from gradwatch.records import RENEWED
@@ -215,6 +216,13 @@ def test_rollback_restores_weights_and_moments(tmp_path: Path, where: str) -> No
     keep = np.r_[0:16, 4 * start : 40]
     assert difference(fit(dense(optimizer=SGD(0.05, momentum=0.9)), x[keep], y[keep], epochs=1), model) < EXACT
     assert not (tmp_path / "run" / "snapshots").exists()
+
+
+def test_a_rollback_without_room_is_refused(tmp_path: Path) -> None:
+    x, y = data(8)
+    with pytest.raises(ConfigurationError, match=r"Rollback\(keep=1000000000000\) needs .* of memory"):
+        fit(dense(), x, y, GradWatch(run_dir=tmp_path / "run", actions=[gw.Rollback(keep=10**12)]))
+    fit(dense(), x, y, GradWatch(run_dir=tmp_path / "run", overwrite=True))  # nothing is left in the way
 
 
 def test_dry_run_only_records(tmp_path: Path) -> None:
