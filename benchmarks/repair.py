@@ -14,7 +14,7 @@ as many steps for the search, and goes on from the best under `repair`. Runs tha
 can repair (each with its reason) count among all runs, and not among the repairable ones.
 
 A healthy run is harmed when its final loss is more than 5 % worse than without gradwatch. Where the recorded run holds
-nothing that the policy would clip, skip or act on, the watched run is the same bit for bit: only every tenth of those
+nothing that the policy would clip, skip or act on, the watched run is the same bit for bit: only one in twenty of those
 is trained, to hold that against the truth.
 
 `--resume` goes on with what the file of results holds already.
@@ -49,7 +49,7 @@ THEORY = "mf-"
 #: A healthy run is harmed when it ends this much worse.
 HARM = 0.05
 #: Of the runs that a policy leaves alone, one in so many is trained all the same.
-CHECKED = 10
+CHECKED = 20
 RESULTS = Path(__file__).parent / "results" / "repair.json"
 
 

@@ -32,10 +32,10 @@ def is_left_alone(case: Case, seed: int, actions: str | list[Action]) -> bool:
         verdict = decider.decide(row.grad_norm[0], _nothing)
         if bool(verdict.skip) or float(verdict.coefficient) != 1.0 or not np.isfinite(float(verdict.norm)):
             return False
-        findings = engine.update(row)
-        if policy.between and policy.decide(int(row.step[0]) + 1, findings, row.metric("loss")) is not None:
-            return False
-        if policy.take_news():
+        if not policy.between:
+            continue
+        due = policy.decide(int(row.step[0]) + 1, engine.update(row), row.metric("loss"))
+        if due is not None or policy.take_news():
             return False
     return True
 

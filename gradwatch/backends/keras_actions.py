@@ -181,4 +181,4 @@ def _delete(snapshot: _Snapshot) -> None:
 
 def _bytes(variable: Any) -> int:
     bits = re.search(r"\d+", str(variable.dtype))
-    return math.prod(variable.shape) * (int(bits[0]) // 8 if bits else 1)
+    return int(math.prod(variable.shape)) * (int(bits[0]) // 8 if bits else 1)
