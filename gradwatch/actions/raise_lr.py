@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
-from gradwatch.actions.base import BetweenStepsAction, Due, RunState, require_positive
+from gradwatch.actions.base import BetweenStepsAction, Due, RemedyOptions, RunState, require_positive
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import Finding
 
@@ -35,8 +35,9 @@ class RaiseLR(BetweenStepsAction):
     only_rate: ClassVar[bool] = True
     is_undone: ClassVar[bool] = True
 
-    def __init__(self, *, target: float = 1e-3, max_factor: float = 1e6, **common: Any) -> None:
-        super().__init__(**{"max_times": 2, "within": 100, "confirm": 40, **common})
+    def __init__(self, *, target: float = 1e-3, max_factor: float = 1e6, **common: Unpack[RemedyOptions]) -> None:
+        given: RemedyOptions = {"max_times": 2, "within": 100, "confirm": 40, **common}
+        super().__init__(**given)
         if require_positive("target", target) > 0.01:
             raise ConfigurationError.of("target", "<= 0.01", target)
         if require_positive("max_factor", max_factor) <= 1.0:
