@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import logging
 import mmap
@@ -334,7 +335,7 @@ class FailingDisk(Disk):
         if self.count in self.failing:
             raise OSError(self.code, os.strerror(self.code))
 
-    def open(self, path: Path) -> int:
+    def open(self, path: Path) -> io.FileIO:
         self._operation()
         return super().open(path)
 

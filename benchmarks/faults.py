@@ -45,9 +45,8 @@ def campaign(injections: int, seed: int, kept: Path | None) -> list[dict[str, An
                 continue
             outcome = stage.inject(injection)
             site = injection.site
-            told = {"scene": injection.scene, **dataclasses.asdict(_Told(site.file, site.function, site.line))}
-            told |= {"when": site.when, "moment": site.moment, "thread": site.thread, "kind": injection.kind}
-            done.append({"number": number, **told, "fired": outcome["fired"], "wrong": outcome["wrong"]})
+            told = {"number": number, **dataclasses.asdict(injection), "site": site._asdict()}
+            done.append({**told, **{key: outcome[key] for key in ("fired", "foreseen", "wrong", "failures")}})
             if outcome["wrong"]:
                 print(f"{number}: {injection.scene}, {site}, {injection.kind}: {outcome['wrong']}", flush=True)
             if kept is not None:
@@ -58,13 +57,6 @@ def campaign(injections: int, seed: int, kept: Path | None) -> list[dict[str, An
     return done
 
 
-@dataclasses.dataclass
-class _Told:
-    file: str
-    function: str
-    line: int
-
-
 def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of a campaign."""
     fired = [each for each in done if each["fired"]]
@@ -72,10 +64,11 @@ def summary(done: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "planned": len(done),
         "injected": len(fired),
-        "functions": len({(each["file"], each["function"]) for each in fired}),
+        "functions": len({(each["site"]["file"], each["site"]["function"]) for each in fired}),
         "by kind": Counter(each["kind"] for each in fired),
-        "by moment": Counter(each["moment"] for each in fired),
-        "in threads": sum(each["thread"] != "main" for each in fired),
+        "by moment": Counter(each["site"]["moment"] for each in fired),
+        "in threads": sum(each["site"]["thread"] != "main" for each in fired),
+        "foreseen": sum(each["foreseen"] for each in fired),
         "clean": sum(not each["wrong"] for each in fired),
         "wrong": wrong,
     }

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from gradwatch.errors import StopTraining
+from gradwatch.errors import GradwatchError, StopTraining
 from gradwatch.redaction import without_credentials
 
 logger = logging.getLogger("gradwatch")
@@ -50,6 +50,16 @@ class Faults:
             except Exception:  # noqa: BLE001 -- short of memory for the call itself
                 self.counts[part] = 1
             return default
+
+    def for_user(self, part: str, function: Callable[..., T], *args: Any) -> T | None:
+        """As `call`, for what a method of the user's does: what names a misuse of it is raised too."""
+        try:
+            return None if part in self.counts else function(*args)
+        except GradwatchError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- as in `call`
+            self.note(part, error)
+            return None
 
     def let_go(self, part: str, *endings: Callable[[], object]) -> None:
         """Call all of these, whether the part is on or off, and each once more where it fails.

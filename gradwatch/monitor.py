@@ -67,13 +67,15 @@ class Monitor:
         faults: Faults,
     ) -> None:
         self.writer, self.engine, self.policy, self.listeners, self.faults = writer, engine, policy, listeners, faults
+        #: By the name under which its failures are noted: of two alike one may fail, and the other goes on.
+        self._parts = _named(listeners)
         self.findings: dict[str, Finding] = {}
         self._open: list[Listener] = []
 
     def open(self, info: RunInfo, run_dir: Path, first_step: int) -> None:
         """Tell the listeners which run begins; before the first step."""
-        for listener in self.listeners:
-            self.faults.call(type(listener).__name__, self._begin, listener, info, run_dir, first_step, default=None)
+        for name, listener in self._parts.items():
+            self.faults.call(name, self._begin, listener, info, run_dir, first_step, default=None)
 
     def _begin(self, listener: Listener, info: RunInfo, run_dir: Path, first_step: int) -> None:
         self._open.append(listener)
@@ -133,8 +135,9 @@ class Monitor:
         for finding in self.faults.call("detectors", lambda: self.engine.open_findings, default=_NO_FINDINGS):
             if self.findings.get(finding.id) != finding:
                 self.report(finding)
-        for listener in self._open:
-            self.faults.let_go(type(listener).__name__, partial(listener.close, status, detail))
+        for name, listener in self._parts.items():
+            if any(listener is opened for opened in self._open):
+                self.faults.let_go(name, partial(listener.close, status, detail))
         writer = self.writer
         if writer:
             # Also of a writer that failed: its threads still have the steps from before.
@@ -156,5 +159,15 @@ class Monitor:
             self.faults.call("writer", self.writer.event, kind, data, sync=sync, default=None)
 
     def _tell(self, method: str, subject: object) -> None:
-        for listener in self.listeners:
-            self.faults.call(type(listener).__name__, getattr(listener, method), subject, default=None)
+        for name, listener in self._parts.items():
+            self.faults.call(name, getattr(listener, method), subject, default=None)
+
+
+def _named(listeners: Sequence[Listener]) -> dict[str, Listener]:
+    """The listeners by class, numbered where there are several of one."""
+    named: dict[str, Listener] = {}
+    for listener in listeners:
+        name = type(listener).__name__
+        before = sum(type(each).__name__ == name for each in named.values())
+        named[f"{name} {before + 1}" if before else name] = listener
+    return named

@@ -5,14 +5,23 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gradwatch.errors import ConfigurationError
-from gradwatch.records import METRICS, MODULE_STATISTICS, NOT_MEASURED, Floats, Parameter, Samples, StepBatch
+from gradwatch.errors import ConfigurationError, UnknownNameError
+from gradwatch.records import (
+    METRICS,
+    MODULE_STATISTICS,
+    NOT_MEASURED,
+    PARAMETER_STATISTICS,
+    Floats,
+    Parameter,
+    Samples,
+    StepBatch,
+)
 
 _BLANK = frozenset(METRICS)
 
@@ -24,7 +33,7 @@ _Closed = tuple[int, dict[str, float], dict[str, Floats] | None, int, int]
 class Rows:
     """Collects closed steps until they are taken as a `StepBatch`.
 
-    One thread adds and takes; any may ask for `news`, so that what waits here is not lost with the process.
+    One thread adds and takes; any may have the news told, so that what waits here is not lost with the process.
 
     Args:
         parameters: The columns.
@@ -78,17 +87,21 @@ class Rows:
             self._clear()
         return whole
 
-    def news(self) -> StepBatch | None:
-        """The steps that were added since the last call, which `take` will give all the same; None without any."""
+    def tell(self, put: Callable[[StepBatch], object]) -> None:
+        """Hand over the steps that were added since the last call, which `take` will give all the same.
+
+        Args:
+            put: Called with them, in their order also where two threads ask at once; not without any.
+        """
         with self._locked():
             begin, end = self._told, len(self._steps)
             if begin == end:
-                return None
-            self._told = end
+                return
             batch = self._batch(begin, end)
             if not begin:
                 self._whole = batch
-            return batch
+            put(batch)
+            self._told = end
 
     def _locked(self) -> threading.Lock:
         if os.getpid() != self._pid:  # in a forked child the lock may be held by a thread that is not there
@@ -130,6 +143,42 @@ class Rows:
         return Samples(rows=np.array([row for row, _ in samples], np.int64), values=stacked)
 
 
+def number(name: str, value: Any) -> float:
+    """A logged value as a float; minus infinity, which stands for "not measured", becomes NaN.
+
+    Raises:
+        ConfigurationError: For what is no number.
+    """
+    try:
+        number = float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError):
+        raise ConfigurationError.of(name, "a number or a scalar tensor", value) from None
+    return math.nan if number == NOT_MEASURED else number
+
+
+def checked_norms(
+    grad_norm: Floats | Sequence[float], statistics: Mapping[str, Floats], count: int
+) -> npt.NDArray[np.float32]:
+    """The norms of a step that the user measured, as an array.
+
+    Raises:
+        ConfigurationError: When they, or one of the statistics, are not `count` numbers.
+    """
+    try:
+        with np.errstate(over="ignore"):  # beyond float32 is infinite
+            norms: npt.NDArray[np.float32] = np.asarray(grad_norm, np.float32)
+    except (TypeError, ValueError):
+        raise ConfigurationError.of("grad_norm", "an array of numbers", grad_norm) from None
+    if norms.shape != (count,):
+        raise ConfigurationError.of("grad_norm", f"of shape ({count},)", norms.shape)
+    for name, values in statistics.items():
+        if name not in PARAMETER_STATISTICS + MODULE_STATISTICS:
+            raise UnknownNameError.among("statistic", name, PARAMETER_STATISTICS + MODULE_STATISTICS)
+        if np.shape(values) != norms.shape:
+            raise ConfigurationError.of(f"statistics[{name!r}]", f"of shape {norms.shape}", np.shape(values))
+    return norms
+
+
 def global_norms(norms: Floats) -> npt.NDArray[np.float64]:
     """Root of the sum of squares of what was measured in each step; `NOT_MEASURED` where nothing was.
 
@@ -157,12 +206,3 @@ def global_norm(norms: Floats) -> float:
         5.0
     """
     return float(global_norms(np.asarray(norms)[np.newaxis])[0])
-
-
-def number(name: str, value: Any) -> float:
-    """A logged value as a float; minus infinity, which stands for "not measured", becomes NaN."""
-    try:
-        number = float(value.detach() if hasattr(value, "detach") else value)
-    except (TypeError, ValueError):
-        raise ConfigurationError.of(name, "a number or a scalar tensor", value) from None
-    return math.nan if number == NOT_MEASURED else number

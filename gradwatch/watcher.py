@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,16 +22,8 @@ from gradwatch.errors import ConfigurationError, StopTraining, UnknownNameError,
 from gradwatch.faults import Faults
 from gradwatch.monitor import Monitor
 from gradwatch.provenance import default_run_dir, provenance
-from gradwatch.records import (
-    MODULE_STATISTICS,
-    PARAMETER_STATISTICS,
-    STAGES,
-    Finding,
-    Floats,
-    Parameter,
-    RunInfo,
-)
-from gradwatch.rows import Rows, global_norm, number
+from gradwatch.records import STAGES, Finding, Floats, Parameter, RunInfo
+from gradwatch.rows import Rows, checked_norms, global_norm, number
 from gradwatch.settings import Options, checked_parameters, settings_from
 from gradwatch.writer import NoWriter, RunWriter
 
@@ -168,27 +159,29 @@ class Watcher:
             ConfigurationError: When an array has the wrong shape.
         """
         self._require_open()
-        with np.errstate(over="ignore"):  # beyond float32 is infinite
-            norms = np.asarray(grad_norm, np.float32)
-        if norms.shape != (len(self._parameters),):
-            raise ConfigurationError.of("grad_norm", f"of shape ({len(self._parameters)},)", norms.shape)
+        due = self.faults.for_user("observe", self._observe, grad_norm, step, stage, statistics or {}, metrics)
+        return [due] if due else []
+
+    def _observe(
+        self,
+        grad_norm: Floats | Sequence[float],
+        step: int | None,
+        stage: str,
+        statistics: Mapping[str, Floats],
+        metrics: Mapping[str, Any],
+    ) -> Due | None:
+        norms = checked_norms(grad_norm, statistics, len(self._parameters))
         if stage not in STAGES:
             raise UnknownNameError.among("stage", stage, STAGES)
-        for name, values in (statistics or {}).items():
-            if name not in PARAMETER_STATISTICS + MODULE_STATISTICS:
-                raise UnknownNameError.among("statistic", name, PARAMETER_STATISTICS + MODULE_STATISTICS)
-            if np.shape(values) != norms.shape:
-                raise ConfigurationError.of(f"statistics[{name!r}]", f"of shape {norms.shape}", np.shape(values))
         if step is not None and step < self._next_step:
             raise ConfigurationError.of("step", f">= {self._next_step} (steps ascend)", step)
+        numbers = {name: number(name, value) for name, value in metrics.items()}
         self._next_step = self._next_step if step is None else step
-        numbers = {name: float(value) for name, value in metrics.items()}
-        due = self._close_row(norms, numbers, statistics=dict(statistics or {}), stage=STAGES.index(stage))
-        return [due] if due else []
+        return self._close_row(norms, numbers, statistics=dict(statistics), stage=STAGES.index(stage))
 
     def applied(self, due: Due) -> None:
         """Say that an action returned by `observe` was applied."""
-        self.monitor.acted(due, self._next_step)
+        self.faults.for_user("actions", self.monitor.acted, due, self._next_step)
 
     def log(self, **numbers: Any) -> None:
         """Add numbers to the record of the current step.
@@ -201,6 +194,9 @@ class Watcher:
             ConfigurationError: For a value that is no number.
         """
         self._require_open()
+        self.faults.for_user("log", self._log, numbers)
+
+    def _log(self, numbers: Mapping[str, Any]) -> None:
         for name, value in numbers.items():
             self._logged[name] = number(name, value)
 
@@ -242,14 +238,13 @@ class Watcher:
         if not len(self._rows):
             return None
         with np.errstate(all="ignore"):  # whatever the user lets numpy do about NaN
-            if (news := self._rows.news()) is not None:
-                self.monitor.record(news)
+            self._rows.tell(self.monitor.record)
             return self.monitor.look(self._rows.take())
 
     def _catch_up(self) -> None:
         """Look now at what waits for company, where looking can call for no action."""
         if not self._is_urgent and not self._closed:
-            self._check()
+            self.faults.for_user("check", self._check)
 
     def _new_rows(self) -> None:
         together = self.settings.check_every
@@ -258,7 +253,7 @@ class Watcher:
         if not self._is_waiting:
             together = min(TOGETHER, max(1, self.settings.flush_every // 4))
         self._rows = Rows(self._parameters, modules=self._modules, capacity=together)
-        self._writer.ask_when_idle(self._rows.news)
+        self._writer.ask_when_idle(self._rows.tell)
 
     def _redescribe(self, parameters: Sequence[Parameter]) -> None:
         """Take better descriptions of the same parameters (the order of execution), before the first step is closed."""
@@ -322,11 +317,17 @@ class Watcher:
         if self._closed:
             return
         self._closed = True
-        try:
-            self.faults.let_go("close", partial(self._end, status, detail))
-        except BaseException:
-            self._closed = False  # interrupted: it can be closed again
-            raise
+        for _ in (1, 2):
+            try:
+                self._end(status, detail)
+            except Exception as error:  # noqa: BLE001 -- whatever fails here is ours, and tried again
+                self.faults.note("close", error)
+            except BaseException:
+                self.faults.let_go("close", partial(self._end, status, detail))
+                self._closed = False  # interrupted: it can be closed again
+                raise
+            else:
+                break
 
     def _end(self, status: str, detail: str) -> None:
         parts = self._endings(status)
@@ -353,9 +354,11 @@ class Watcher:
 
     def __del__(self) -> None:
         # Dropped without `close`. At interpreter exit the one registered with atexit has come first.
-        if not getattr(self, "_closed", True):
-            with contextlib.suppress(Exception):
+        try:
+            if not getattr(self, "_closed", True):
                 self.close()
+        except Exception:  # noqa: BLE001 -- nobody can be told here
+            return
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "watching"

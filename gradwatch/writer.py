@@ -8,6 +8,7 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from gradwatch.records import NOT_MEASURED, RunInfo, StepBatch
 from gradwatch.storage.batches import select
 from gradwatch.storage.disk import Disk
 from gradwatch.storage.events import encode_event
-from gradwatch.storage.recorder import Recorder, weight
+from gradwatch.storage.recorder import Recorder
 from gradwatch.storage.store import Store
 
 #: Up to how many bytes of rows wait for a disk that cannot follow.
@@ -90,14 +91,15 @@ class RunWriter:
         }
         process = {"host": info.host or socket.gethostname(), "pid": self._pid}
         info = dataclasses.replace(info, **begun, **process)  # type: ignore[arg-type]
-        store = Store(self.path, info, overwrite=overwrite, resume=resume, disk=self.disk_type())
-        self.next_step = store.next_step
         # Woken at half of what may be lost, the thread has the time of as many steps for the flush itself.
         self._flush_at = max(1, flush_every // 2)
         self._bytes_written = self._dropped_steps = self._failures = 0
         self._recorder: Recorder | None = None
+        store = Store(self.path, info, overwrite=overwrite, resume=resume, disk=self.disk_type())
         try:
+            self.next_step = store.next_step
             self._recorder = Recorder(store, flush_seconds)
+            self._recorder.start()
             self._finalizer = weakref.finalize(self, _abandon, self._recorder, self._pid)
         except BaseException:
             if self._recorder is not None:
@@ -120,20 +122,19 @@ class RunWriter:
             batch = _thinned(recorder, batch, waiting / MAX_WAITING)
         if not len(batch.step):
             return
-        recorder.put_bytes += weight(batch)
-        recorder.put_steps += len(batch.step)
-        recorder.batches.append(batch)
+        recorder.put(batch)
         if recorder.waiting_steps >= self._flush_at and not recorder.wake.is_set():
             recorder.wake.set()
 
-    def ask_when_idle(self, more: Callable[[], StepBatch | None]) -> None:
+    def ask_when_idle(self, tell: Callable[[Callable[[StepBatch], object]], object]) -> None:
         """Let the writing thread ask for steps whenever `flush_seconds` have passed without any.
 
         Args:
-            more: Called on that thread; gives steps that were not handed over yet, or None.
+            tell: Called on that thread, with what takes steps that were not handed over yet; nobody may `write` while
+                it does.
         """
         if self._recorder is not None:
-            self._recorder.more = more
+            self._recorder.more = partial(tell, self._recorder.put)
 
     def event(self, kind: str, data: Mapping[str, Any], *, sync: bool = False) -> None:
         """Add a line to the events.

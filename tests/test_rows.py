@@ -1,6 +1,6 @@
 import numpy as np
 
-from gradwatch.records import NOT_MEASURED, Parameter
+from gradwatch.records import NOT_MEASURED, Parameter, StepBatch
 from gradwatch.rows import Rows
 
 PARAMETERS = (Parameter("a"), Parameter("b"))
@@ -62,13 +62,17 @@ def test_a_taken_batch_keeps_its_arrays() -> None:
 def test_news_come_once_and_again_with_the_batch() -> None:
     rows = Rows(PARAMETERS, capacity=4)
     rows.add(0, np.ones(2), {})
-    first = rows.news()
-    rows.add(1, np.ones(2), {})
-    second = rows.news()
+    told: list[list[int]] = []
 
-    assert first is not None
-    assert second is not None
-    assert [list(first.step), list(second.step), rows.news()] == [[0], [1], None]
+    def put(batch: StepBatch) -> None:
+        told.append(list(batch.step))
+
+    rows.tell(put)
+    rows.add(1, np.ones(2), {})
+    rows.tell(put)
+    rows.tell(put)
+
+    assert told == [[0], [1]]
     assert list(rows.take().step) == [0, 1]
 
 

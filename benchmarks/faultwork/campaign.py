@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 import shutil
 import tempfile
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faultwork.judge import KINDS, kinds_for, verdict
-from benchmarks.faultwork.play import plain, play
+import gradwatch as gw
+from benchmarks.faultwork.judge import KINDS, Fault, kinds_for, strike, verdict
+from benchmarks.faultwork.play import Loop, Played, plain, play
 from benchmarks.faultwork.scenes import SCENES
 from benchmarks.faultwork.sites import Catalogue, Injector, Moment, Site
 
@@ -54,11 +54,14 @@ class Stage:
         self._numbers = itertools.count()
         self.folder = Path(tempfile.mkdtemp(prefix="faults-", dir=_MEMORY if _MEMORY.is_dir() else None))
         self.plain = {name: plain(name) for name in scenes}
-        for name in self.plain:
-            play(name, self.folder / "warm-up", self.moment)
-            shutil.rmtree(self.folder / "warm-up")
-        gc.collect()
-        gc.freeze()  # so that looking for what was left takes a moment
+        self.clean = {name: self._clean(name) for name in self.plain}
+
+    def _clean(self, name: str) -> Played:
+        """A scene watched without a fault."""
+        played = play(name, self.folder / "clean", self.moment)
+        played.steps = len(gw.load(self.folder / "clean").grad_norms())
+        shutil.rmtree(self.folder / "clean")
+        return played
 
     def close(self) -> None:
         """Remove all files."""
@@ -69,22 +72,25 @@ class Stage:
         with Catalogue(self.moment) as catalogue:
             played = play(scene, self.folder / "traced", self.moment)
         shutil.rmtree(self.folder / "traced")
-        if played.error or played.leaks or played.digests != self.plain[scene]:
+        if played.error or played.leaks or played.logged or played.digests != self.plain[scene]:
             raise RuntimeError(f"scene {scene!r} is not sound without a fault: {played}")
-        return dict(catalogue.hits)
+        return catalogue.hits
 
     def inject(self, injection: Injection) -> dict[str, Any]:
         """Play it; what came of it, `fired` saying whether the fault was reached."""
-        released, run_dir = threading.Event(), self.folder / f"run-{next(self._numbers)}"
-        strike = KINDS[injection.kind]
-        arguments = {"nth": injection.nth, "then": injection.then}
-        with Injector(injection.site, self.moment, lambda: strike(released), **arguments) as injector:
-            played = play(injection.scene, run_dir, self.moment, released=released)
-        fired = injector.fired
-        wrong = verdict(played, self.plain[injection.scene], run_dir, injection.site, injection.kind) if fired else []
+        run_dir, loop, wrong = self.folder / f"run-{next(self._numbers)}", Loop(), []
+        error, scene = KINDS[injection.kind], injection.scene
+        hit = partial(strike, injection.kind, loop)
+        arguments = {"nth": injection.nth, "then": injection.then, "error": error and type(error)}
+        with Injector(injection.site, self.moment, hit, **arguments) as injector:
+            played = play(scene, run_dir, self.moment, loop)
+        if injector.fired:
+            fault = Fault(injection.site, injection.kind, is_foreseen=injector.is_foreseen)
+            wrong = verdict(played, self.clean[scene], self.plain[scene], run_dir, fault)
         shutil.rmtree(run_dir, ignore_errors=True)
-        parts = [f"{part}: {text}" for part, text in played.errors.items()]
-        return {"fired": fired, "wrong": wrong, "parts": parts, "logged": [text for _, text in played.logged]}
+        logged = [text for _, text in played.logged]
+        found = {"fired": injector.fired, "foreseen": injector.is_foreseen, "wrong": wrong}
+        return {**found, "failures": played.failures, "logged": logged}
 
 
 def chosen(sites: dict[str, dict[Site, int]], seed: int) -> Iterator[Injection]:
@@ -99,6 +105,8 @@ def chosen(sites: dict[str, dict[Site, int]], seed: int) -> Iterator[Injection]:
         draw.shuffle(order)
         for key in order:
             scene, site = draw.choice(groups[key])
-            kind = draw.choice(kinds_for(site))
+            if not (kinds := kinds_for(site)):
+                continue
+            kind = draw.choice(kinds)
             nth = draw.randint(1, min(sites[scene][site], 20))
             yield Injection(scene, site, nth, kind, then=draw.randint(1, 25) if kind == "twice" else 0)

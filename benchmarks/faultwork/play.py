@@ -38,24 +38,36 @@ class Played:
     Args:
         digests: State before the first step and after each.
         error: What came out of the loop, or of `watch` or `close`.
-        rules: Rules of the findings that the watcher knows.
         heard: By name, what alerts and sinks were told.
-        errors: `overhead()["errors"]` of the watcher: what is switched off.
         failures: `overhead()["failures"]`: how often which part failed.
         logged: What gradwatch logged, level and text with traceback.
         leaks: What remained.
         is_blocked: Whether the loop waited for a thread that hung.
+        steps: In the record, once somebody has looked.
+        dropped: Steps that are known not to be there.
     """
 
     digests: list[str] = field(default_factory=list)
     error: BaseException | None = None
-    rules: set[str] = field(default_factory=set)
     heard: dict[str, Heard] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)
     logged: list[tuple[int, str]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     is_blocked: bool = False
+    steps: int = 0
+    dropped: int = 0
+
+
+class Loop:
+    """What a thread that hangs asks of the loop that trains.
+
+    Attributes:
+        over: Set when the last step is done.
+        was_blocked: Set by a thread that hung until it lost patience, for then the loop must have waited for it.
+    """
+
+    def __init__(self) -> None:
+        self.over, self.was_blocked = threading.Event(), False
 
 
 class _Log(logging.Handler):
@@ -86,7 +98,7 @@ def hurried() -> Iterator[None]:
     changes = {
         (trouble, "FIRST_RETRY"): 0.005, (trouble, "LAST_RETRY"): 0.01, (recorder, "HEARTBEAT"): 0.01,
         (recorder, "SYNC"): 0.01, (recorder, "_GLANCE"): 0.002, (recorder, "_LAST_TRIES"): (0.01, 0.01, 0.01),
-        (recorder, "_PATIENCE"): 5.0, (store, "SEAL_ROWS"): 4, (sinks, "PAUSE"): 0.005, (sinks, "CLOSE_SECONDS"): 1.0,
+        (store, "SEAL_ROWS"): 4, (sinks, "PAUSE"): 0.005, (sinks, "CLOSE_SECONDS"): 60.0,
     }  # fmt: skip
     kept = {(owner, name): getattr(owner, name) for owner, name in changes}
     for (owner, name), value in changes.items():
@@ -113,7 +125,7 @@ def watch(scene: Scene, run_dir: Path, heard: dict[str, Heard]) -> gw.Watcher:
     """As a user would who uses everything."""
     for name in ("alert", "other alert", "sink", "other sink"):
         heard[name] = Heard()
-    routing: dict[str, Any] = {"group_seconds": 0.0, "cooldown": 0.0, "close_seconds": 1.0, "min_severity": "info"}
+    routing: dict[str, Any] = {"group_seconds": 0.0, "cooldown": 0.0, "close_seconds": 60.0, "min_severity": "info"}
     return gw.watch(
         scene.model,
         scene.optimizers,
@@ -127,26 +139,26 @@ def watch(scene: Scene, run_dir: Path, heard: dict[str, Heard]) -> gw.Watcher:
     )
 
 
-def play(name: str, run_dir: Path, moment: Moment, *, released: threading.Event | None = None) -> Played:
+def play(name: str, run_dir: Path, moment: Moment, loop: Loop | None = None) -> Played:
     """Play a scene, watched.
 
     Args:
         name: Of the scene.
         run_dir: Where to record it.
         moment: Told what is going on.
-        released: Set when the loop is over, for a thread that hangs until then.
+        loop: Told when the loop is over.
     """
-    played, before = Played(), Traces()
+    played, before, loop = Played(), Traces(), loop or Loop()
     with hurried(), listening(played.logged):
-        reference = _play(name, run_dir, moment, played, released)
+        reference = _play(name, run_dir, moment, played, loop)
         moment.now = ""
-        if released is not None:
-            released.set()
-        played.leaks = before.left(run_dir, reference)
+        loop.over.set()
+        played.leaks += before.left(run_dir, reference)
+    played.is_blocked = loop.was_blocked
     return played
 
 
-def _play(name: str, run_dir: Path, moment: Moment, played: Played, released: threading.Event | None) -> Any:
+def _play(name: str, run_dir: Path, moment: Moment, played: Played, loop: Loop) -> Any:
     torch.manual_seed(0)
     scene = SCENES[name]()
     watcher = None
@@ -161,7 +173,7 @@ def _play(name: str, run_dir: Path, moment: Moment, played: Played, released: th
                 _let_threads_work(watcher)
             played.digests.append(scene.digest())
         moment.now = "close"
-        played.is_blocked = released is not None and released.is_set()
+        loop.over.set()
         watcher.close()
     except BaseException as error:  # noqa: BLE001 -- whatever comes out is what we look for
         played.error = error.with_traceback(None)
@@ -172,8 +184,8 @@ def _play(name: str, run_dir: Path, moment: Moment, played: Played, released: th
     if watcher is None:
         return None
     watcher.close()
-    played.rules = {finding.rule for finding in watcher.monitor.findings.values()}
-    played.errors, played.failures = dict(watcher.overhead()["errors"]), dict(watcher.overhead()["failures"])
+    overhead = watcher.overhead()
+    played.failures, played.dropped = dict(overhead["failures"]), int(overhead["dropped_steps"])
     played.leaks += hooks_left(scene)
     return weakref.ref(watcher)
 
@@ -210,7 +222,7 @@ class Traces:
     def left(self, run_dir: Path, watcher: Any) -> list[str]:
         """What remains of a play."""
         gc.collect()
-        deadline = time.monotonic() + 2
+        deadline = time.monotonic() + 10
         while (threads := set(threading.enumerate()) - self.threads) and time.monotonic() < deadline:
             time.sleep(0.005)
         found = [f"thread {thread.name}" for thread in threads]
@@ -227,4 +239,5 @@ class Traces:
             found.append("finalizer")
         if watcher is not None and watcher() is not None:
             found.append("the watcher itself")
+        gc.freeze()  # what is here now need not be looked through after the next play
         return found

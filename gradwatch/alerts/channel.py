@@ -90,6 +90,7 @@ class Channel(ABC):
         if info.rank == 0:  # all ranks find the same: one of them tells
             blank = Message(Path(run_dir).resolve().name, str(Path(run_dir).resolve()), info.host, info.pid, first_step)
             self._courier = Courier(self, blank, note)
+            self._courier.start()
 
     def steps(self, batch: StepBatch) -> None:
         """Steps have ended."""

@@ -54,13 +54,18 @@ class Courier:
         self._plot = NormPlot()
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._closing = False
+        self._closing = self._is_over = False
+        #: Rounds that may fail before the thread gives up what waits at the end.
+        self._last_tries = 2
         self._outgoing: Message | None = None
         self._pause, self._next_try = 0.0, 0.0
         self._complaints: set[str] = set()
         #: Of deliveries and of our own code.
         self.failures = 0
         self._thread = threading.Thread(target=self._run, name=f"gradwatch-{type(channel).__name__}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work; not when made, so that an interrupt leaves no thread that nobody knows."""
         self._thread.start()
 
     # -- called by the training thread ---------------------------------------------------------------------------------
@@ -91,34 +96,37 @@ class Courier:
         """Tell what waits and end the thread, within `close_seconds`."""
         self._closing = True
         self._wake.set()
-        self._thread.join(self._channel.routing.close_seconds)
+        if self._thread.is_alive():
+            self._thread.join(self._channel.routing.close_seconds)
         if self._thread.is_alive():
             logger.warning("gradwatch: %r did not answer in time; its last message may be lost", self._channel)
 
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closing:
-            self._safely(self._turn)
-        if not self._safely(self._last_round):
-            self._safely(self._last_round)
-
-    def _safely(self, work: Callable[[], object]) -> bool:
-        """Whether it went through; what is raised is logged and must not end this thread."""
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001 -- nothing may end this thread
-            self.failures += 1
-            self._complain(error)
-            self._wake.clear()
-            if not self._closing:
-                self._wake.wait(FIRST_RETRY)
-            return False
-        return True
+        while not self._is_over:
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 -- nothing may end this thread
+                self._failed(error)
 
     def _turn(self) -> None:
-        self._wake.wait(self._round())
-        self._wake.clear()
+        if not self._closing:
+            self._wake.wait(self._round())
+            self._wake.clear()
+        else:
+            self._last_round()
+            self._is_over = True
+
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        self._complain(error)
+        if self._closing:
+            self._last_tries -= 1
+            self._is_over = self._last_tries <= 0
+        else:
+            self._wake.clear()
+            self._wake.wait(FIRST_RETRY)
 
     def _round(self) -> float:
         """Do what is due; seconds until there may be more."""

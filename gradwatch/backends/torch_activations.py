@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from gradwatch.backends.torch_hooks import Handle
 from gradwatch.backends.torch_model import clean_name, is_compiled
 from gradwatch.errors import ModelError
 from gradwatch.records import MODULE_STATISTICS, NOT_MEASURED
@@ -70,7 +71,7 @@ class ActivationSampler:
 
     def __init__(self, modules: dict[str, nn.Module], guard: Callable[..., Any] = lambda f, *args: f(*args)) -> None:
         self._modules, self._guard = modules, guard
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
         self._outputs: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
 
@@ -78,7 +79,9 @@ class ActivationSampler:
         """Put the hooks on the modules, for the next forward pass."""
         if not self._handles:
             for place, module in enumerate(self._modules.values()):
-                self._handles.append(module.register_forward_hook(self._hook(place, type(module).__name__)))
+                hook = self._hook(place, type(module).__name__)
+                self._handles += [Handle(module, "_forward_hooks", hook)]
+                module.register_forward_hook(hook)
 
     def disarm(self) -> None:
         """Take the hooks away."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradwatch.backends.torch_hooks import Handle
 
 _task_id = torch._C._current_graph_task_id
 #: Has autograd call a function at the end of the pass that is running.
@@ -34,7 +35,7 @@ class BackwardEnd:
         on_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._parameters, self._on_end, self._on_error = parameters, on_end, on_error
-        self._handles: dict[int, Any] = {}
+        self._handles: dict[int, Handle] = {}
         self._running: list[int] = []
         self._arrivals: list[int] = []
         self._passes: dict[tuple[int, int], list[int]] = {}
@@ -46,7 +47,9 @@ class BackwardEnd:
         for place in places:
             parameter = self._parameters[place]
             if place not in self._handles and parameter.requires_grad and parameter.is_leaf:
-                self._handles[place] = parameter.register_post_accumulate_grad_hook(self._hook(place))
+                hook = self._hook(place)
+                self._handles[place] = Handle(parameter, "_post_accumulate_grad_hooks", hook)
+                parameter.register_post_accumulate_grad_hook(hook)
 
     def suspect(self, places: Iterable[int]) -> None:
         """These gradients changed without a pass that we saw: put hooks on them until one is seen."""
@@ -66,7 +69,8 @@ class BackwardEnd:
         if not self._passes or self._suspects or len(self._handles) <= 2:
             return
         for place in set(self._handles) - {end for ends in self._passes for end in ends}:
-            self._handles.pop(place).remove()
+            self._handles[place].remove()
+            del self._handles[place]
 
     def remove(self) -> None:
         """Take all hooks away."""

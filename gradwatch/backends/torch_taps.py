@@ -7,11 +7,11 @@ imported `clip_grad_norm_` before; `GradScaler` through its class. The last list
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 class GradientListener(Protocol):
     """Who wants to know that gradients are about to be changed, or were."""
 
-    def before_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    def before_clip(self, parameters: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> None:
         """Gradients are about to be scaled to `max_norm`."""
 
     def after_change(self) -> None:
@@ -38,6 +38,7 @@ class GradientListener(Protocol):
         """Telling failed; the training must not."""
 
 
+_REPEATABLE = (list, tuple, Tensor, nn.Parameter)
 _listeners: list[GradientListener] = []
 _originals: list[tuple[Any, str, Any]] = []
 
@@ -75,18 +76,22 @@ def _replace(owner: Any, name: str, tap: Callable[[Callable[..., Any]], Callable
 
 
 def _failed(error: Exception) -> None:
-    for listener in tuple(_listeners):
-        listener.failed(error)
+    try:
+        for listener in tuple(_listeners):
+            listener.failed(error)
+    except Exception:  # noqa: BLE001 -- there is nobody left to tell
+        return
 
 
 def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
     def clip_grads_with_norm_(
         parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
     ) -> Any:
-        held = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        # Only what can be gone through once is copied, for that can fail.
+        held: Any = parameters if parameters.__class__ in _REPEATABLE else list(parameters)
         try:
             for listener in tuple(_listeners):
-                listener.before_clip(held, max_norm, total_norm)
+                listener.before_clip([held] if isinstance(held, Tensor) else held, max_norm, total_norm)
         except Exception as error:  # noqa: BLE001 -- nothing of ours may break the clipping
             _failed(error)
         result = original(held, max_norm, total_norm, foreach)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -102,9 +103,8 @@ class DeepSpeedWatcher(Watcher):
     def _info(self) -> RunInfo:
         return dataclasses.replace(super()._info(), rank=self._rank, world_size=self._count)
 
-    def log(self, **numbers: Any) -> None:
-        """See `Watcher.log`; numbers belong to the step taken last."""
-        self._require_open()
+    def _log(self, numbers: Mapping[str, Any]) -> None:
+        """Numbers belong to the step taken last."""
         book = self._early if self._open is None else self._open.metrics
         book.update({name: logged_number(name, value) for name, value in numbers.items()})
 

@@ -9,7 +9,7 @@ compiles gives out what it returns and nothing else, so its loop hands a state t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Unpack
 
@@ -76,9 +76,11 @@ class KerasLoopWatcher(KerasWatcher):
         Raises:
             StopTraining: A `Stop` is due.
         """
-        self._require_open()
-        self.faults.call("keras host", self._take, default=None)
         super().log(**numbers)
+
+    def _log(self, numbers: Mapping[str, Any]) -> None:
+        self.faults.call("keras host", self._take, default=None)
+        super()._log(numbers)
         self.faults.call("keras host", lambda: self._act(self.settle(keep=1)), default=None)
 
     def _take(self) -> None:

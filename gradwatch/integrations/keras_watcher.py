@@ -274,17 +274,14 @@ class KerasWatcher(Watcher):
         """Count time that we took on the host."""
         self._hook_seconds += seconds
 
-    def log(self, **numbers: Any) -> None:
-        """See `Watcher.log`."""
-        if not self._calls and not self._pending:
-            return super().log(**numbers)
-        self._require_open()
+    def _log(self, numbers: Mapping[str, Any]) -> None:
         known = {name: number(name, value) for name, value in numbers.items()}
         if self._calls:
             self._calls[-1].logs = {**self._calls[-1].logs, **known}
-        else:
+        elif self._pending:
             self._pending[-1].metrics.update(known)
-        return None
+        else:
+            super()._log(known)
 
     def has_stepped(self, number: int) -> bool:
         """Whether this optimizer is in the newest step already."""

@@ -123,16 +123,18 @@ class OptaxWatcher(Watcher):
         Raises:
             StopTraining: A `Stop` is due.
         """
-        self._require_open()
+        super().log(**numbers)
+        if self.stops is not None:
+            raise StopTraining(self.stops)
+
+    def _log(self, numbers: Mapping[str, Any]) -> None:
         known = {name: number(name, value) for name, value in numbers.items()}
         jax.effects_barrier()
         with self._lock:
             if self._open_row is None:
-                super().log(**known)
+                super()._log(known)
             else:
                 self._open_row.metrics.update(known)
-        if self.stops is not None:
-            raise StopTraining(self.stops)
 
     def mark(self, text: str) -> None:
         """See `Watcher.mark`."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -291,22 +291,18 @@ class TorchWatcher(Watcher):
     def _apply(self, due: Due) -> None:
         self._between.take(due, self._next_step + self._waiting)
 
-    def log(self, **numbers: Any) -> None:
-        """See `Watcher.log`; numbers logged between backward and step belong to that step.
+    def _log(self, numbers: Mapping[str, Any]) -> None:
+        """Numbers logged between backward and step belong to that step.
 
         Tensors on an accelerator are copied there; nobody waits for them.
         """
-        self._require_open()
         checked = {name: logged_number(name, value) for name, value in numbers.items()}
-        self.faults.call("log", self._log, checked, numbers.get("loss"), default=None)
-
-    def _log(self, numbers: dict[str, Any], loss: Any) -> None:
         if self._is_first_row and self._uses is None:
-            self.faults.call("graph", self._read_graph, loss, default=None)
+            self.faults.call("graph", self._read_graph, numbers.get("loss"), default=None)
         is_ahead = self._backward_since_step and not self._steps
         running = self._running_closure
         self._logbook.add(
-            numbers,
+            checked,
             is_first=self._row is None and self._is_first_row,
             is_ahead=is_ahead,
             is_repeated=running is not None and running.evaluations > 1,
@@ -321,7 +317,7 @@ class TorchWatcher(Watcher):
         self._require_open()
         self.monitor.mark(text, self._next_step + self._waiting)
 
-    def clipping(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    def clipping(self, parameters: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> None:
         """The user's loop is about to scale gradients, by `clip_grad_norm_` or its kin."""
         places = self._holders.places(parameters)
         self.pending.is_announced = bool(places)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.backends import torch_taps
+from gradwatch.backends.torch_hooks import Handle
 from gradwatch.errors import ModelError, StopTraining
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def attach(watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.M
         optimizers: Empty for every optimizer of the process; such hooks hold the watcher weakly.
         loss_fn: A module whose output is the loss; None for none.
     """
-    handles: list[Any] = []
+    handles: list[Handle] = []
     reference = weakref.ref(watcher)
     ear = Ear(reference)
     # Of a watcher that is dropped without `close`, nothing stays in the process either.
@@ -48,7 +49,7 @@ def attach(watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.M
 
 
 def _listen(
-    watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.Module | None, handles: list[Any]
+    watcher: TorchWatcher, optimizers: Sequence[Optimizer], loss_fn: nn.Module | None, handles: list[Handle]
 ) -> None:
     reference = weakref.ref(watcher)
     before, after = (
@@ -56,16 +57,23 @@ def _listen(
         _untraced(watcher.safely.hook(watcher.after_step), reference),
     )
     for optimizer in optimizers:
-        handles.append(optimizer.register_step_pre_hook(before))
-        handles.append(optimizer.register_step_post_hook(after))
+        handles += [Handle(optimizer, "_optimizer_step_pre_hooks", before)]
+        optimizer.register_step_pre_hook(before)
+        handles += [Handle(optimizer, "_optimizer_step_post_hooks", after)]
+        optimizer.register_step_post_hook(after)
     if not optimizers:
-        handles.append(register_optimizer_step_pre_hook(_untraced(_weakly(reference, "before_step"), reference)))
-        handles.append(register_optimizer_step_post_hook(_untraced(_weakly(reference, "after_step"), reference)))
+        before, after = (_untraced(_weakly(reference, name), reference) for name in ("before_step", "after_step"))
+        handles += [Handle(sys.modules[Optimizer.__module__], "_global_optimizer_pre_hooks", before)]
+        register_optimizer_step_pre_hook(before)
+        handles += [Handle(sys.modules[Optimizer.__module__], "_global_optimizer_post_hooks", after)]
+        register_optimizer_step_post_hook(after)
     if loss_fn is not None:
-        handles.append(loss_fn.register_forward_hook(LossHook(reference)))
+        hook = LossHook(reference)
+        handles += [Handle(loss_fn, "_forward_hooks", hook)]
+        loss_fn.register_forward_hook(hook)
 
 
-def _let_go(handles: Sequence[Any], ear: Ear) -> None:
+def _let_go(handles: Sequence[Handle], ear: Ear) -> None:
     for handle in handles:
         handle.remove()
     torch_taps.leave(ear)
@@ -89,8 +97,11 @@ def _untraced(hook: Callable[..., Any], reference: weakref.ref[TorchWatcher]) ->
 
 
 def _tell(reference: weakref.ref[TorchWatcher], error: Exception) -> None:
-    if watcher := reference():
-        watcher.safely.failed(error)
+    try:
+        if watcher := reference():
+            watcher.safely.failed(error)
+    except Exception:  # noqa: BLE001 -- there is nobody left to tell
+        return
 
 
 def _weakly(reference: weakref.ref[TorchWatcher], name: str) -> Callable[..., Any]:
@@ -111,7 +122,7 @@ class Ear:
     def __init__(self, watcher: weakref.ref[TorchWatcher]) -> None:
         self._watcher = watcher
 
-    def before_clip(self, parameters: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    def before_clip(self, parameters: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> None:
         """Gradients are about to be scaled."""
         if watcher := self._watcher():
             watcher.safely(watcher.clipping, parameters, max_norm, total_norm)

@@ -47,17 +47,17 @@ class Guard:
         except StopTraining:
             raise
         except Exception as error:  # noqa: BLE001 -- whatever fails here is ours and must not reach the training
-            try:
-                self.failed(error)
-            except Exception:  # noqa: BLE001 -- short of memory for the call itself
-                self._faults.counts[_PART] = 1
+            self.failed(error)
             return None
         return result
 
     def failed(self, error: Exception) -> None:
-        """Note a failure and undo what was begun."""
-        self._faults.note(_PART, error)
-        self._faults.let_go(_PART, self._undo)
+        """Note a failure and undo what was begun. Raises nothing itself."""
+        try:
+            self._faults.note(_PART, error)
+            self._faults.let_go(_PART, self._undo)
+        except Exception:  # noqa: BLE001 -- short of memory for the calls themselves
+            self._faults.counts[_PART] = 1
 
     def _pass_over(self) -> bool:
         if not self._has_told:

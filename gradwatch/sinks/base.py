@@ -8,7 +8,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,9 @@ class Sink(ABC):
         self._thread: threading.Thread | None = None
         self._ending: str | None = None
         self._begun: tuple[RunInfo, Path] | None = None
-        self._failures = 0
+        self._table: Table | None = None
+        self._has_begun = self._is_over = False
+        self._failures, self._last_tries = 0, 2
         #: Failures in all.
         self.failures = 0
 
@@ -94,7 +95,9 @@ class Sink(ABC):
             raise ConfigurationError(f"{self!r} serves another run: give each run a sink of its own")
         if info.rank:
             return
-        self._begun, self._ending, self._failures = (info, Path(run_dir)), None, 0
+        self._begun, self._table, self._ending = (info, Path(run_dir)), None, None
+        self._has_begun = self._is_over = False
+        self._failures, self._last_tries = 0, 2
         self._thread = threading.Thread(target=self._loop, name=f"gradwatch-{type(self).__name__}", daemon=True)
         self._thread.start()
 
@@ -126,7 +129,8 @@ class Sink(ABC):
             return
         self._ending = status
         self._wake.set()
-        thread.join(CLOSE_SECONDS)
+        if thread.is_alive():
+            thread.join(CLOSE_SECONDS)
         if thread.is_alive():
             logger.warning("gradwatch: %r did not answer in time; its last numbers may be lost", self)
         self._wake.clear()
@@ -138,43 +142,38 @@ class Sink(ABC):
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        assert self._begun is not None
-        begun = self._begun
-        if not self._guard(self.begin, *begun, fatal=True):
-            self._queue.clear()
-            return
-        table = None
-        while self._ending is None or self._queue:
-            table = table or self._table()
-            if table is None:
-                break
-            self._safely(partial(self._turn, table))
-        self._safely(lambda: self._guard(self.end, self._ending or "finished"))
+        while not self._is_over:
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 -- a failure of our own code must not end this thread
+                self._failed(error)
 
-    def _table(self) -> Table | None:
-        made: list[Table] = []
-        for _ in range(2):
-            self._safely(lambda: made.append(Table(self.by)))
-            if made:
-                break
-        return made[0] if made else None
-
-    def _safely(self, work: Callable[[], object]) -> None:
-        """Do it; a failure of our own code must not end this thread."""
-        try:
-            work()
-        except Exception as error:  # noqa: BLE001
-            self.failures += 1
-            logger.warning("gradwatch: %r failed (%s: %s)", self, type(error).__name__, error)
-            if self._ending is None:
-                time.sleep(PAUSE)
-
-    def _turn(self, table: Table) -> None:
-        if self._ending is None:
+    def _turn(self) -> None:
+        if not self._has_begun:
+            assert self._begun is not None
+            self._has_begun = self._guard(self.begin, *self._begun, fatal=True)
+            if not self._has_begun:
+                self._queue.clear()
+                self._is_over = True
+        elif self._ending is None:
             self._wake.wait(PAUSE)
-        self._mirror(table)
+            self._mirror()
+        else:
+            self._mirror()
+            self._guard(self.end, self._ending)
+            self._is_over = True
 
-    def _mirror(self, table: Table) -> None:
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        logger.warning("gradwatch: %r failed (%s: %s)", self, type(error).__name__, error)
+        if self._ending is None:
+            time.sleep(PAUSE)
+        else:
+            self._last_tries -= 1
+            self._is_over = self._last_tries <= 0
+
+    def _mirror(self) -> None:
+        table = self._table = self._table or Table(self.by)
         rows: list[Row] = []
         while self._queue:
             news = self._queue.popleft()

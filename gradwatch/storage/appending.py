@@ -22,40 +22,39 @@ class AppendFile:
         #: Whether something half-written lies at the end, which could not be taken back yet.
         self.is_torn = False
         self._is_named = False
-        self._file: int | None = disk.open(path)
+        self._file = disk.open(path)
         try:
-            if os.fstat(self._file).st_size != size:
-                disk.truncate(self._file, size)
-        except OSError:
+            if os.fstat(self._file.fileno()).st_size != size:
+                disk.truncate(self._file.fileno(), size)
+        except BaseException:
             self.close()
             raise
 
     def append(self, data: bytes) -> None:
         """Append all of `data`; OSError when the disk fails, and then none of it, unless the file `is_torn`."""
-        if self._file is None:
+        if self._file.closed:
             raise OSError(f"{self.path} is closed")
+        file = self._file.fileno()
         try:
             if self.is_torn:
-                self._disk.truncate(self._file, self.size)
+                self._disk.truncate(file, self.size)
                 self.is_torn = False
-            self._disk.append(self._file, data)
-        except OSError:
+            self._disk.append(file, data)
+        except BaseException:
             self.is_torn = True
-            self._disk.truncate(self._file, self.size)
+            self._disk.truncate(file, self.size)
             self.is_torn = False
             raise
         self.size += len(data)
 
     def sync(self) -> None:
         """Make what was appended safe from a power cut."""
-        if self._file is not None:
-            self._disk.sync(self._file)
+        if not self._file.closed:
+            self._disk.sync(self._file.fileno())
             if not self._is_named:
                 self._disk.sync_folder(self.path.parent)
                 self._is_named = True
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._file.close()

@@ -60,6 +60,7 @@ def read_columns(path: Path) -> SegmentColumns | None:
     Raises:
         RunCorruptError: When not even its schema can be read.
         RunFormatError: When it is not one of ours.
+        OSError: When it could not be read a second time as far as the first, which may be for want of memory.
     """
     with pa.OSFile(str(path)) as source:
         layout = read_layout(source)
@@ -113,6 +114,8 @@ def _fill(columns: SegmentColumns, path: Path, layout: Layout) -> None:
             filled[name] = high
             breathe()
         at = end
+    if at < len(columns.step):
+        raise OSError(f"{at} of {len(columns.step)} steps of {path.name} could be read a second time")
 
 
 def columns_of(batch: StepBatch) -> SegmentColumns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,24 @@ NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
+def opened(path: Path, flags: int, mode: str) -> io.FileIO:
+    """An open file that closes itself where nobody holds it: an interrupt may come before anybody does.
+
+    Args:
+        path: Of the file.
+        flags: Of `os.open`.
+        mode: Of `open`, saying the same.
+    """
+    # One call, so that there is no moment at which the descriptor is a mere number.
+    return next(map(io.FileIO, map(os.open, (path,), (flags | _BINARY,), (0o644,)), (mode,)))
+
+
 class Disk:
     """Appends to files and replaces files as a whole."""
 
-    def open(self, path: Path) -> int:
+    def open(self, path: Path) -> io.FileIO:
         """Open for `append`, creating the file if missing; OSError for a symbolic link or a named pipe."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW | _BINARY, 0o644)
+        return opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW, "ab")
 
     def append(self, file: int, data: bytes) -> None:
         """Append all of `data`, or raise OSError; then part of it may be there."""

@@ -13,7 +13,7 @@ import weakref
 from pathlib import Path
 
 from gradwatch.errors import RunLockedError
-from gradwatch.storage.disk import NO_FOLLOW
+from gradwatch.storage.disk import NO_FOLLOW, opened
 
 if sys.platform == "win32":
     import msvcrt
@@ -40,32 +40,32 @@ class Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o644)
+        self._file = opened(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, "r+b")
+        try:
+            self._take(path)
+            _held.add(self)
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, path: Path) -> None:
         for attempt in range(_ATTEMPTS):
-            if _try_lock(self._file, shared=False):
+            if _try_lock(self._file.fileno(), shared=False):
                 break
             if attempt == _ATTEMPTS - 1:
                 holder = describe_holder(path)
-                self._close()
                 raise RunLockedError(
                     f"{path.parent} is being written by {holder}: choose another directory, or stop it"
                 )
             time.sleep(_PAUSE)
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same, only its holder goes unnamed
-            os.ftruncate(self._file, 0)
-            os.lseek(self._file, 0, os.SEEK_SET)
-            os.write(self._file, content)
-        _held.add(self)
+            self._file.truncate(0)
+            self._file.write(content)
 
     def release(self) -> None:
         """Let the next writer in; a second call does nothing."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._file.close()
 
 
 #: Locks of this process, to be let go in a forked child.
@@ -74,7 +74,8 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 def _let_go_in_child() -> None:
     for lock in list(_held):
-        lock._close()  # noqa: SLF001 -- the same file's class
+        with contextlib.suppress(OSError):  # the file is closed all the same
+            lock.release()
 
 
 if hasattr(os, "register_at_fork"):
@@ -84,7 +85,7 @@ if hasattr(os, "register_at_fork"):
 def describe_holder(path: Path) -> str:
     """Who wrote the lock file last, in words."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | NO_FOLLOW), "rb") as file:
+        with opened(path, os.O_RDONLY | NO_FOLLOW, "rb") as file:
             holder = json.loads(file.read(_LONGEST))
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, KeyError, TypeError):
@@ -94,15 +95,10 @@ def describe_holder(path: Path) -> str:
 def is_locked(path: Path) -> bool | None:
     """Whether a live writer holds the lock; None when that cannot be told (no lock file, no locks on this system)."""
     try:
-        file = os.open(path, os.O_RDONLY | NO_FOLLOW)
+        with opened(path, os.O_RDONLY | NO_FOLLOW, "rb") as file:
+            return not _try_lock(file.fileno(), shared=True)
     except OSError:
         return None
-    try:
-        return not _try_lock(file, shared=True)
-    except OSError:
-        return None
-    finally:
-        os.close(file)
 
 
 if sys.platform == "win32":

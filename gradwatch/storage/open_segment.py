@@ -34,7 +34,7 @@ class OpenSegment:
         self._file = AppendFile(disk, path)
         try:
             self._file.append(self._encoder.head)
-        except OSError:
+        except BaseException:
             self._file.close()
             with contextlib.suppress(OSError):
                 disk.remove(path)

@@ -36,6 +36,8 @@ _ROW_BYTES = 1500
 class Loop:
     """A thread that works whenever it is woken, and every so often; slower while the disk fails.
 
+    Nothing runs before `start`, so that an interrupt while it is made leaves no thread that nobody knows.
+
     Args:
         name: Of the thread.
         store: Whose files it works on.
@@ -47,22 +49,29 @@ class Loop:
         self.wake = threading.Event()
         self._seconds, self._work = seconds, work
         self._trouble = Trouble(store.path)
-        self._is_ending = self._is_done = False
+        self._is_ending = self._is_over = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
         self._thread.start()
 
     def _run(self) -> None:
+        while not self._is_over:
+            try:
+                self._live()
+            except Exception as error:  # noqa: BLE001 -- nothing may end this thread
+                self._trouble.note("thread", error)
+
+    def _live(self) -> None:
         while not self._is_ending:
             if not self._trouble.guard("thread", self._turn):
                 time.sleep(_GLANCE)
         for pause in _LAST_TRIES:
-            self._trouble.guard("thread", self._last_turn)
-            if self._is_done:
-                return
+            if self._work(self._trouble):
+                break
             time.sleep(pause)
-
-    def _last_turn(self) -> None:
-        self._is_done = self._work(self._trouble)
+        self._is_over = True
 
     def _turn(self) -> None:
         self.wake.wait(self._seconds)
@@ -80,7 +89,8 @@ class Loop:
         """A last round, or some while the disk fails; whether the thread is gone then, and does not hang in a call."""
         self._is_ending = True
         self.wake.set()
-        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE)
         return not self._thread.is_alive()
 
 
@@ -88,8 +98,8 @@ class Recorder:
     """Brings to a store what the training thread puts into the queues.
 
     Two threads, so that a slow sync or the sealing of a segment never delays a flush: one appends rows and events, the
-    other syncs, seals and writes run.json. The counters `put_*` are written by the training thread only and the others
-    by the first thread only, so none needs a lock.
+    other syncs, seals and writes run.json. The counters `put_*` are written by whoever puts, one at a time, and the
+    others by the first thread only, so none needs a lock.
 
     Args:
         store: Opened; belongs to the threads from now on.
@@ -102,15 +112,15 @@ class Recorder:
         self.events: deque[tuple[bytes, bool]] = deque()
         self.changes: deque[dict[str, Any]] = deque()
         self.put_steps = self.put_bytes = 0
-        self._asked_steps = self._asked_bytes = self._taken_steps = self._taken_bytes = 0
+        self._taken_steps = self._taken_bytes = 0
         #: Steps left out because the disk could not follow, and the first and last of the present stretch.
         self.thinned_steps, self.thinned_first, self.thinned_last = 0, -1, -1
         #: Steps that could never be written.
         self.lost_steps = 0
         #: Batches among them that could not be encoded.
         self.failed_rows = 0
-        #: Gives steps that wait elsewhere for company; asked when none were put for a while.
-        self.more: Callable[[], StepBatch | None] = lambda: None
+        #: Puts steps that wait elsewhere for company; called when none were put for a while.
+        self.more: Callable[[], object] = lambda: None
         self._rows: list[StepBatch] = []
         self._marked = 0
         self._flush_seconds = flush_seconds
@@ -118,11 +128,12 @@ class Recorder:
         self._is_unsynced = self._is_urgent = False
         self._trouble = Trouble(store.path)
         self._flushing = Loop("gradwatch-writer", store, flush_seconds, self._flush)
-        try:
-            self._keeping = Loop("gradwatch-sealer", store, 1.0, self._keep)
-        except BaseException:
-            self._flushing.end()
-            raise
+        self._keeping = Loop("gradwatch-sealer", store, 1.0, self._keep)
+
+    def start(self) -> None:
+        """Begin to work; whatever comes of it, `close` ends it."""
+        self._flushing.start()
+        self._keeping.start()
 
     @property
     def wake(self) -> threading.Event:
@@ -137,12 +148,18 @@ class Recorder:
     @property
     def waiting_steps(self) -> int:
         """Steps that are not in the file yet."""
-        return self.put_steps + self._asked_steps - self._taken_steps
+        return self.put_steps - self._taken_steps
 
     @property
     def waiting_bytes(self) -> int:
         """About how many bytes they take."""
-        return self.put_bytes + self._asked_bytes - self._taken_bytes
+        return self.put_bytes - self._taken_bytes
+
+    def put(self, batch: StepBatch) -> None:
+        """Take steps."""
+        self.put_bytes += weight(batch)
+        self.put_steps += len(batch.step)
+        self.batches.append(batch)
 
     def change(self, changes: dict[str, Any]) -> None:
         """Change fields of run.json soon."""
@@ -178,24 +195,25 @@ class Recorder:
         breathe = Breather()
         while self._rows or self.batches or self._ask():
             if not self._rows:
-                self._rows = self._take()
+                self._take()
             while self._rows:
-                self._append(self._rows[0])
-                self._rows.pop(0)
+                self._append()
                 breathe()
 
-    def _append(self, rows: StepBatch) -> None:
+    def _append(self) -> None:
+        """Append the first of the rows that were taken; they stay where that may go well another time."""
+        rows = self._rows[0]
+        size = weight(rows)
         try:
             self.store.append(rows)
             self._is_unsynced = True
-        except OSError:
+        except (OSError, MemoryError):
             raise
-        except Exception:  # rows that cannot be encoded must not stop those that follow
-            self.lost_steps += len(rows)
-            self.failed_rows += 1
-            logger.exception("gradwatch: steps %d to %d cannot be recorded", rows.step[0], rows.step[-1])
+        except Exception as error:  # noqa: BLE001 -- rows that cannot be encoded must not stop those that follow
+            self._lose(rows, error)
+        self._rows.pop(0)
         self._taken_steps += len(rows)
-        self._taken_bytes += weight(rows)
+        self._taken_bytes += size
 
     def _ask(self) -> bool:
         """Fetch the steps that wait elsewhere, if that was not done lately; whether there are any."""
@@ -203,31 +221,46 @@ class Recorder:
         if now - self._asked < self._flush_seconds / 2:
             return False
         self._asked = now
-        rows = self.more()
-        if rows is None:
-            return False
-        self._asked_steps += len(rows)
-        self._asked_bytes += weight(rows)
-        self._rows = [rows]
-        return True
+        self.more()
+        return bool(self.batches)
 
-    def _take(self) -> list[StepBatch]:
-        """Batches from the queue, joined as far as they fit together."""
-        first = self.batches.popleft()
+    def _take(self) -> None:
+        """Take batches from the queue, joined as far as they fit together; they leave it when that is done."""
+        try:
+            group, layout = self._fitting()
+            rows = join(group, layout)
+            self._rows = [rows[part] for part in ascending_runs(rows.step)]
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- as in `_append`
+            rows = self.batches.popleft()
+            self._lose(rows, error)
+            self._taken_steps += len(rows)
+            self._taken_bytes += weight(rows)
+        else:
+            for _ in group:
+                self.batches.popleft()
+
+    def _lose(self, rows: StepBatch, error: Exception) -> None:
+        self.lost_steps += len(rows)
+        self.failed_rows += 1
+        logger.error("gradwatch: steps %d to %d cannot be recorded", rows.step[0], rows.step[-1], exc_info=error)
+
+    def _fitting(self) -> tuple[list[StepBatch], Layout]:
+        first = self.batches[0]
         group, size = [first], weight(first)
         layout = Layout.of(first)
-        while self.batches and size < _FLUSH_BYTES:
-            following = self.batches[0]
+        while len(group) < len(self.batches) and size < _FLUSH_BYTES:
+            following = self.batches[len(group)]
             if following.parameters is not first.parameters and following.parameters != first.parameters:
                 break
             joined = layout.joined(Layout.of(following)) if _differs(following, group[-1]) else layout
             if joined is None or following.step[0] <= group[-1].step[-1]:
                 break
             layout = joined
-            group.append(self.batches.popleft())
+            group.append(following)
             size += weight(following)
-        rows = join(group, layout)
-        return [rows[part] for part in ascending_runs(rows.step)]
+        return group, layout
 
     def _flush_events(self) -> None:
         if self.thinned_steps > self._marked and not self.batches:

@@ -18,7 +18,7 @@ from gradwatch.storage.appending import AppendFile
 from gradwatch.storage.batches import ascending_runs
 from gradwatch.storage.catalog import Catalog
 from gradwatch.storage.claiming import delete_run, holds_run, make_folders
-from gradwatch.storage.disk import Disk
+from gradwatch.storage.disk import Disk, opened
 from gradwatch.storage.events import RESUMED, encode_event, whole_lines
 from gradwatch.storage.facts import Facts
 from gradwatch.storage.files import LocalFiles
@@ -181,12 +181,9 @@ class Store:
                 file.sync()
 
     def _sync_ended(self, path: Path) -> None:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            self.disk.sync(file)
+        with opened(path, os.O_RDONLY, "rb") as file:
+            self.disk.sync(file.fileno())
             self.disk.sync_folder(path.parent)
-        finally:
-            os.close(file)
 
     # -- sealing -------------------------------------------------------------------------------------------------------
 

@@ -62,10 +62,11 @@ class StreamEncoder:
     def encode(self, batch: StepBatch) -> bytes:
         """The bytes of one record batch."""
         rows = encode_rows(batch, self.layout, self._schema)
-        self._stream.write_batch(rows, custom_metadata={CHECKSUM: str(checksum(rows))})
-        data = b"".join(self._parts).removeprefix(self.head)
-        self._parts.clear()
-        return data
+        try:
+            self._stream.write_batch(rows, custom_metadata={CHECKSUM: str(checksum(rows))})
+            return b"".join(self._parts).removeprefix(self.head)
+        finally:
+            self._parts.clear()  # also of what was not whole
 
 
 class _Collector(io.RawIOBase):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 
 from gradwatch.errors import ConfigurationError, RunExistsError, RunFormatError, RunLockedError
 from gradwatch.reader import RunReader
-from gradwatch.records import ActionRecord, Finding, Parameter, RunInfo
+from gradwatch.records import ActionRecord, Finding, Parameter, RunInfo, StepBatch
 from gradwatch.writer import RunWriter
 from tests.record.building import PARAMETERS, assert_same, batch_of, store_at
 
@@ -36,6 +37,22 @@ def eventually(condition: object) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_steps_that_are_written_while_the_thread_asks_for_more_are_not_superseded(run_dir: Path) -> None:
+    writer = RunWriter(run_dir, RunInfo(PARAMETERS), flush_seconds=0.01)
+    steps = [batch_of(range(k, k + 1)) for k in range(2)]
+
+    def tell(put: Callable[[StepBatch], object]) -> None:
+        if len(steps) == 2:
+            writer.write(steps.pop(0))
+            put(steps.pop())
+
+    writer.ask_when_idle(tell)
+    eventually(lambda: not steps)
+    writer.close()
+
+    assert list(RunReader(run_dir).grad_norms().index) == [0, 1]
 
 
 # -- one writer --------------------------------------------------------------------------------------------------------
