@@ -84,7 +84,6 @@ class BackwardEnd:
 
         def arrived(_: Tensor) -> None:
             """The gradient of the parameter at this place is complete."""
-            end = None
             try:
                 end = reference()
                 if end is None:
@@ -94,8 +93,7 @@ class BackwardEnd:
                     end._begin(task)
                 end._arrivals.append(place)
             except Exception as error:  # noqa: BLE001 -- nothing of ours may break the pass
-                if end is not None:
-                    end._on_error(error)
+                _tell(reference, error)
 
         return arrived
 
@@ -138,6 +136,14 @@ class BackwardEnd:
         if self._suspects:
             self._suspects.difference_update(arrivals)
         self._on_end()
+
+
+def _tell(reference: weakref.ref[BackwardEnd], error: Exception) -> None:
+    try:
+        if (end := reference()) is not None:
+            end._on_error(error)  # noqa: SLF001 -- the same file's class
+    except Exception:  # noqa: BLE001 -- there is nobody left to tell
+        return
 
 
 def in_backward() -> bool:
