@@ -141,7 +141,7 @@ class BackwardEnd:
 def _tell(reference: weakref.ref[BackwardEnd], error: Exception) -> None:
     try:
         if (end := reference()) is not None:
-            end._on_error(error)  # noqa: SLF001 -- the same file's class
+            end._on_error(error)
     except Exception:  # noqa: BLE001 -- there is nobody left to tell
         return
 
