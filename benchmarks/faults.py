@@ -1,6 +1,8 @@
 """Makes every call of gradwatch fail, one at a time, in real trainings; prints a table, writes JSON.
 
     python -m benchmarks.faults --injections 10000 --work results/   # goes on where an earlier call was stopped
+    python -m benchmarks.faults --part process --injections 600      # at the end of the interpreter, in a forked child
+    KERAS_BACKEND=jax python -m benchmarks.faults --part keras --injections 200
 
 A training is watched with everything on, and once in it a call of ours fails: by an ordinary exception, out of memory,
 by an error of the system, twice in a row, by an interrupt, or it hangs (in our own threads). Which calls there are is
@@ -15,6 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import sys
 import threading
 from collections import Counter
@@ -22,24 +25,38 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faultwork.campaign import Stage, chosen
-from benchmarks.faultwork.scenes import SCENES
 from benchmarks.machine import machine
 
-OUT = Path("benchmarks/results/faults.json")
+RESULTS = Path("benchmarks/results")
+#: Where faults come.
+PARTS = ("loop", "process", "keras")
 
 
-def campaign(injections: int, seed: int, kept: Path | None) -> list[dict[str, Any]]:
+def staged(part: str) -> Stage:
+    """The stage of a part."""
+    if part == "process":
+        from benchmarks.faultwork.processes import Processes
+
+        return Processes()
+    if part == "keras":
+        from benchmarks.faultwork.keras_play import KerasStage
+
+        return KerasStage()
+    return Stage()
+
+
+def campaign(stage: Stage, injections: int, seed: int, kept: Path | None) -> list[dict[str, Any]]:
     """Play so many injections, but for those whose outcome is in the file already.
 
     Args:
+        stage: Where; closed in the end.
         injections: How many.
         seed: Of the choice.
         kept: One JSON object a line; added to.
     """
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept is not None and kept.exists() else []
-    stage = Stage()
     try:
-        sites = {name: stage.sites(name) for name in SCENES}
+        sites = {name: stage.sites(name) for name in stage.plain}
         for number, injection in enumerate(itertools.islice(chosen(sites, seed), injections)):
             if number < len(done):
                 continue
@@ -78,19 +95,24 @@ def main() -> int:
     """Run the campaign; 1 when anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--injections", type=int, default=10_000)
+    parser.add_argument("--part", choices=PARTS, default="loop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder that keeps the outcomes, so that the campaign can go on")
     options = parser.parse_args()
     threading.excepthook = lambda _: None  # what ends a thread is found by what it leaves undone
     if options.work:
         options.work.mkdir(parents=True, exist_ok=True)
-    done = campaign(options.injections, options.seed, options.work and options.work / f"seed-{options.seed}.jsonl")
+    name = {"loop": "faults", "keras": f"faults-keras-{os.environ.get('KERAS_BACKEND', 'tensorflow')}"}.get(
+        options.part, f"faults-{options.part}"
+    )
+    kept = options.work and options.work / f"{name}-{options.seed}.jsonl"
+    done = campaign(staged(options.part), options.injections, options.seed, kept)
     found = summary(done)
     for name, value in found.items():
         print(f"{name:>12}  {dict(value) if isinstance(value, Counter) else value}")
     worst = [each for each in done if each["wrong"]]
     result = {**machine("torch"), "seed": options.seed, **found, "cases": worst[:50]}
-    OUT.write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     return 1 if found["wrong"] else 0
 
 

@@ -56,9 +56,13 @@ class Stage:
         self.plain = {name: plain(name) for name in scenes}
         self.clean = {name: self._clean(name) for name in self.plain}
 
+    def play(self, scene: str, run_dir: Path, loop: Loop) -> Played:
+        """Play a scene, watched."""
+        return play(scene, run_dir, self.moment, loop)
+
     def _clean(self, name: str) -> Played:
         """A scene watched without a fault."""
-        played = play(name, self.folder / "clean", self.moment)
+        played = self.play(name, self.folder / "clean", Loop())
         played.steps = len(gw.load(self.folder / "clean").grad_norms())
         shutil.rmtree(self.folder / "clean")
         return played
@@ -70,7 +74,7 @@ class Stage:
     def sites(self, scene: str) -> dict[Site, int]:
         """The sites of a scene, with how often each is passed."""
         with Catalogue(self.moment) as catalogue:
-            played = play(scene, self.folder / "traced", self.moment)
+            played = self.play(scene, self.folder / "traced", Loop())
         shutil.rmtree(self.folder / "traced")
         if played.error or played.leaks or played.logged or played.digests != self.plain[scene]:
             raise RuntimeError(f"scene {scene!r} is not sound without a fault: {played}")
@@ -83,7 +87,7 @@ class Stage:
         hit = partial(strike, injection.kind, loop)
         arguments = {"nth": injection.nth, "then": injection.then, "error": error and type(error)}
         with Injector(injection.site, self.moment, hit, **arguments) as injector:
-            played = play(scene, run_dir, self.moment, loop)
+            played = self.play(scene, run_dir, loop)
         if injector.fired:
             fault = Fault(injection.site, injection.kind, is_foreseen=injector.is_foreseen)
             wrong = verdict(played, self.clean[scene], self.plain[scene], run_dir, fault)

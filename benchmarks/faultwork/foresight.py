@@ -21,6 +21,14 @@ Span = tuple[int, int, int, int]
 
 
 @functools.cache
+def read_ahead(package: str) -> None:
+    """Read all files below a folder now, for within a trace function Python cannot always parse."""
+    for path in Path(package).rglob("*.py"):
+        for reader in (passed_on, descriptors, _guarded):
+            reader(str(path))
+
+
+@functools.cache
 def passed_on(file: str) -> frozenset[Span]:
     """Where in the file calls of the user's own are: line, end line, column, end column."""
     return _calls(file, lambda name: name.rpartition(".")[2] in PASSED_ON)

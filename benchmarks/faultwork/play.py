@@ -121,22 +121,23 @@ def plain(name: str) -> list[str]:
     return digests
 
 
-def watch(scene: Scene, run_dir: Path, heard: dict[str, Heard]) -> gw.Watcher:
-    """As a user would who uses everything."""
+def settings(heard: dict[str, Heard]) -> dict[str, Any]:
+    """What a user says who uses everything; what alerts and sinks are told is kept by name."""
     for name in ("alert", "other alert", "sink", "other sink"):
         heard[name] = Heard()
     routing: dict[str, Any] = {"group_seconds": 0.0, "cooldown": 0.0, "close_seconds": 60.0, "min_severity": "info"}
-    return gw.watch(
-        scene.model,
-        scene.optimizers,
-        run_dir=run_dir,
-        detectors=[*gw.detectors.CATALOGUE, own_rule],
-        alerts=[gw.alerts.Call(heard[name].message, **routing) for name in ("alert", "other alert")],
-        sinks=[Mirror(heard["sink"]), Mirror(heard["other sink"])],
-        flush_every=2,
-        flush_seconds=0.01,
-        **scene.settings,
-    )
+    return {
+        "detectors": [*gw.detectors.CATALOGUE, own_rule],
+        "alerts": [gw.alerts.Call(heard[name].message, **routing) for name in ("alert", "other alert")],
+        "sinks": [Mirror(heard["sink"]), Mirror(heard["other sink"])],
+        "flush_every": 2,
+        "flush_seconds": 0.01,
+    }
+
+
+def watch(scene: Scene, run_dir: Path, heard: dict[str, Heard]) -> gw.Watcher:
+    """Watch a scene."""
+    return gw.watch(scene.model, scene.optimizers, run_dir=run_dir, **settings(heard), **scene.settings)
 
 
 def play(name: str, run_dir: Path, moment: Moment, loop: Loop | None = None) -> Played:

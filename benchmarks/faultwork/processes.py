@@ -23,10 +23,11 @@ import torch
 
 import gradwatch as gw
 from benchmarks.faultwork.campaign import Injection, Stage
+from benchmarks.faultwork.foresight import read_ahead
 from benchmarks.faultwork.judge import KINDS, Fault, harm, strike, verdict
 from benchmarks.faultwork.play import Loop, Played, Traces, hurried, listening, plain, play, watch
 from benchmarks.faultwork.scenes import SCENES, STEPS
-from benchmarks.faultwork.sites import Catalogue, Injector, Moment, Site
+from benchmarks.faultwork.sites import PACKAGE, Catalogue, Injector, Moment, Site
 
 #: The step at which a training forks.
 FORK = 5
@@ -231,6 +232,7 @@ def main() -> None:
     """Fork a player for each order that comes; one that was forked returns from here, and its interpreter ends."""
     with tempfile.TemporaryDirectory() as folder:  # everything is imported then, once for all
         play("amp", Path(folder) / "warm-up", Moment())
+    read_ahead(PACKAGE)
     for line in sys.stdin.buffer:
         order: Order = pickle.loads(bytes.fromhex(line.decode()))  # noqa: S301 -- from our parent
         child = os.fork()

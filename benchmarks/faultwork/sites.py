@@ -19,7 +19,7 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple, Self
 
 import gradwatch
-from benchmarks.faultwork.foresight import descriptors, is_foreseen, passed_on
+from benchmarks.faultwork.foresight import descriptors, is_foreseen, passed_on, read_ahead
 
 PACKAGE = f"{Path(gradwatch.__file__).parent}/"
 #: Instructions that call something, and those that do where tensors and arrays are added or looked into.
@@ -81,6 +81,7 @@ class Moment:
 @contextmanager
 def traced(trace: Any, profile: Any) -> Iterator[None]:
     """With these functions on this thread and on all that begin meanwhile."""
+    read_ahead(PACKAGE)
     threading.settrace(trace)
     threading.setprofile(profile)
     sys.settrace(trace)
@@ -173,7 +174,8 @@ class Catalogue:
 
     def _profile(self, frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call":
-            self._calls_out(frame, getattr(called, "__module__", None) or type(called.__self__).__module__)
+            module = getattr(called, "__module__", None) or type(getattr(called, "__self__", None)).__module__
+            self._calls_out(frame, str(module))
         elif event == "call" and frame.f_back is not None and not frame.f_code.co_filename.startswith(PACKAGE):
             self._calls_out(frame.f_back, str(frame.f_globals.get("__name__")))
         elif event in {"return", "c_return"}:
