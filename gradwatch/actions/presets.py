@@ -11,7 +11,7 @@ from gradwatch.actions.raise_lr import RaiseLR
 from gradwatch.actions.renewal import Reinitialize, Restructure, Stop
 from gradwatch.actions.rollback import Rollback
 from gradwatch.actions.skip import SkipStep
-from gradwatch.errors import UnknownNameError
+from gradwatch.errors import ConfigurationError, UnknownNameError
 
 
 class Ladder(list[Action]):
@@ -81,7 +81,10 @@ def chosen(actions: str | Sequence[Action]) -> Sequence[Action]:
 
     Raises:
         UnknownNameError: No such preset.
+        ConfigurationError: Neither a list nor a name.
     """
+    if not isinstance(actions, (str, Sequence)):
+        raise ConfigurationError.of("actions", "a list of gradwatch actions or the name of a preset", actions)
     if not isinstance(actions, str):
         return actions
     if actions not in PRESETS:

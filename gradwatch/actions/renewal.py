@@ -157,7 +157,7 @@ class Restructure(_WhenNothingIsLearnt):
     priority: ClassVar[int] = 60
 
     def __init__(
-        self, *, changes: Sequence[str] = CHANGES, replacement: str = "ReLU", **common: Unpack[RemedyOptions]
+        self, *, changes: Sequence[str] = tuple(CHANGES), replacement: str = "ReLU", **common: Unpack[RemedyOptions]
     ) -> None:
         given: RemedyOptions = {"max_times": 3, "tries": 3, **common}
         super().__init__(**given)

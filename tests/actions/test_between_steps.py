@@ -218,6 +218,7 @@ def test_a_watched_model_can_be_pickled_while_a_remedy_waits_for_its_batch(run_d
         ([Rollback(keep=10**12, where="disk")], nn.Linear(2, 1), "Rollback.* needs .* of disk"),
         ([Restructure()], torch.compile, "Restructure cannot change this model, which is compiled"),
         ("repare", nn.Linear(2, 1), "unknown preset of actions 'repare'"),
+        (Stop(), nn.Linear(2, 1), "'actions' must be a list of gradwatch actions or the name of a preset: Stop"),
     ],
 )
 def test_misuse_is_refused_by_watch(actions: Any, model: Any, words: str, run_dir: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_rate_is_not_raised_where_it_is_not_the_cause_or_something_is_learnt(
         ({"target": 0.0}, "'target' must be a finite number > 0: 0.0"),
     ],
 )
-def test_arguments_of_a_raised_rate_are_checked(arguments: dict[str, float], words: str) -> None:
+def test_arguments_of_a_raised_rate_are_checked(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         RaiseLR(**arguments)
 
