@@ -128,7 +128,9 @@ def test_a_rate_that_fell_is_told_as_it_is() -> None:
 
 def test_a_layer_out_of_scale_is_named_with_how_far_it_is() -> None:
     symptoms = case("update_ratio", first=0, odd_layer="fc2", odd_factor=1 / 1023)
-    assert diagnosed(symptoms).cause.startswith("the weights of 'fc2' are 1,000 times smaller than those of the other")
+    assert diagnosed(symptoms).cause.endswith(
+        "unlike the other layers: its weights are 1,000 times smaller than theirs"
+    )
 
 
 def test_a_gradient_that_breaks_inside_the_network_is_located_between_two_layers() -> None:

@@ -115,7 +115,7 @@ class Imbalance(Rule):
             odd = facts.get("first_bad_layer")
             return (
                 f"The weights of {odd!r} are {times(finding.value)} than those of the other layers, "
-                f"measured for their shape: an update changes it by {facts.get('ratio', math.nan):.1g} of their norm, "
+                f"measured for their shape: an update moves it by {facts.get('ratio', math.nan):.1g} of its norm, "
                 f"the others by {facts.get('other_ratio', math.nan):.1g}."
             )
         verb = "grow" if facts.get("direction") == "grow" else "shrink"

@@ -46,7 +46,7 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "gradients_not_cleared": Cause(
-        "gradients are never cleared: each is added to all before it, so the norm grows and "
+        "gradients are never cleared: since the first step each is added to all before it, so the norm grows and "
         "hardly differs between batches",
         (
             "{zero}",
@@ -78,7 +78,7 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "layer_scale": Cause(
-        "the weights of {odd} are {odd_times} than those of the other layers, measured for their shape",
+        "{odd} was initialised, loaded or scaled unlike the other layers: its weights are {odd_times} than theirs",
         (
             "initialise {odd} like the other layers, with {kaiming}; look for code that scales or loads its weights",
             "put {norm} after it",

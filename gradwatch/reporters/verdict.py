@@ -13,6 +13,9 @@ from gradwatch.reporters.story import Chapter, Trouble, change
 
 State = Literal["healthy", "recovered", "warning", "sick", "crashed", "empty", "unjudged"]
 
+#: Causes that sit in no layer: a layer named with them is only where they show most.
+WHOLE = frozenset({"learning_rate", "gradients_not_cleared", "weight_decay", "bad_batch", "data_scale", "rate_zero"})
+
 #: How a state is called, and the sign that goes with it (never colour alone).
 STATE_WORDS: dict[State, tuple[str, str]] = {
     "healthy": ("Healthy", "✔"),
@@ -205,6 +208,8 @@ def _where(info: RunInfo, root: Chapter) -> str:
         return "The whole model."
     worst = root.layers[0]
     place = f" (layer {order.index(worst) + 1:,d} of {len(order):,d} from the input)" if worst in depth else ""
+    if root.lead.evidence.get("cause_id") in WHOLE and len(order) > 1:
+        return f"The whole model, most in {words.shorten(worst, 64)}{place}."
     rest = [name for name in root.layers if name != worst]
     return words.shorten(worst, 64) + place + (f"; also {words.listing(rest)}" if rest else "") + "."
 

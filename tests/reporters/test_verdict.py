@@ -199,3 +199,9 @@ def test_a_crash_in_trouble_says_how_it_ended_too() -> None:
     told = verdict(EXPLODING, status="crashed", status_detail="KeyboardInterrupt")
 
     assert dict(told.facts)["How it ended"] == "KeyboardInterrupt."
+
+
+def test_a_cause_that_sits_in_no_layer_is_told_of_the_whole_model() -> None:
+    told = verdict(Finding.from_json({**EXPLODING.to_json(), "evidence": {"cause_id": "learning_rate"}}))
+
+    assert dict(told.facts)["Where"] == "The whole model, most in l2 (layer 3 of 4 from the input)."
