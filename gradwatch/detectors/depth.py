@@ -28,10 +28,11 @@ class Imbalance(Rule):
     spans `critical_ratio` at the first step. Gradients that shrink towards the input are `Vanishing`'s to alarm
     about.
 
-    A layer is out of scale (a warning) when the root mean square of its weights times the root of their inputs, alike
-    in all layers after variance scaling (Glorot, He), is 30 times the median of the others and updates change it ten
-    times less than them, or when it is a thousandth of the median; until it is within a factor of 10, or of 30. Only
-    linear, convolution and dense layers count. Policies begin their last layer at 1/140 on purpose.
+    A layer is out of scale (a warning) when the root mean square of its weights times the root of their inputs,
+    alike in all layers after variance scaling (Glorot, He), is 30 times the median of the others and updates change
+    it ten times less than them, or when it is a thousandth of the median; until it is within a factor of 10, or of
+    30 where the loss falls and 3 where it does not. Only linear, convolution and dense layers count. Policies begin
+    their last layer at 1/140 on purpose.
 
     Args:
         ratio: Factor from the last to the first layer along the line.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gradwatch.detectors.base import RunContext
-from gradwatch.detectors.memory import FloatArray, IntArray, Kept, Mask, PerLayer, Remembers
+from gradwatch.detectors.memory import FloatArray, Kept, Mask, PerLayer, Remembers
 
 #: Layers whose weights multiply a signal and are initialised in proportion to its width; no embeddings, no norms.
 KINDS = ("Linear", "Conv", "Dense")
@@ -19,6 +19,8 @@ LARGE, STILL_LARGE = 30.0, 10.0
 SMALL, STILL_SMALL = 1000.0, 30.0
 #: Large weights matter where updates change them so many times less than those of the peers.
 UNMOVED = 10.0
+#: Weights that were too small have come back when they are within this factor, or when the loss has fallen.
+ALIKE = 3.0
 
 
 class Scales(Remembers):
@@ -56,8 +58,8 @@ class Scales(Remembers):
         outputs = [p.shape[output] if m else 1 for p, m in zip(context.parameters, is_matrix, strict=True)]
         self._per_output: FloatArray = 1 / np.sqrt(np.array(outputs, dtype=np.float64))
 
-    def add(self, weights: FloatArray, ratios: FloatArray) -> None:
-        """Take the sampled norms of the parameters, and the update ratio of each layer; NaN where unknown."""
+    def add(self, weights: FloatArray, ratios: FloatArray, *, is_learning: bool) -> None:
+        """Take the sampled norms of the parameters, the update ratio of each layer, and whether the loss has fallen."""
         known = self._matrices & (weights > 0) & np.isfinite(weights)
         places, layers = self.context.layers.of_parameter[known], len(self.context.layers)
         self.scale = np.full(layers, math.nan)
@@ -69,11 +71,11 @@ class Scales(Remembers):
         self.usual = float(np.median(self.scale[peers]))
         factors = np.log(self.scale[peers] / self.usual)
         place = int(np.argmax(np.abs(factors)))
-        self._judge(int(peers[place]), float(np.exp(factors[place])), ratios, peers)
-
-    def _judge(self, layer: int, factor: float, ratios: FloatArray, peers: IntArray) -> None:
+        layer, factor = int(peers[place]), float(np.exp(factors[place]))
         name = self.context.layers.names[layer]
         large, small = (STILL_LARGE, STILL_SMALL) if name == self.odd else (LARGE, SMALL)
+        if name == self.odd and not is_learning:
+            small = ALIKE
         unmoved = bool(ratios[layer] * UNMOVED < np.nanmedian(ratios[peers]))  # false of NaN
         stands_out = (factor > large and unmoved) or factor * small < 1
         self.odd, self.factor = (name, factor) if stands_out else ("", 1.0)

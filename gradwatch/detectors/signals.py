@@ -28,6 +28,8 @@ LEAST_SPREAD = 0.05
 SETTLED = 5
 #: The norm of a sum of many gradients hardly differs between batches whose losses do: at most so much of their change.
 STEADY = 0.2
+#: Share of the first loss whose loss is proof of learning.
+LEARNT = 0.1
 
 
 _NO_SAMPLES: dict[str, Floats] = {}
@@ -141,7 +143,8 @@ class Signals(Remembers):
                 self.stable_rate = self.pace.rate if self.index else rate  # this loss came of the step before
         self.pace.add(rate, self.samples, self.step)
         if self.pace.fresh:
-            self.scales.add(self.pace.weight_norm, self.pace.ratio)
+            is_learning = not self.course.known or self.course.fallen > LEARNT
+            self.scales.add(self.pace.weight_norm, self.pace.ratio, is_learning=is_learning)
         if self.skipped == "grad_scaler":
             return
         self.totals.add(self.total)

@@ -229,7 +229,7 @@ class Symptoms:
     @property
     def gradients_pile_up(self) -> bool:
         """The norm has grown, and mostly changed far less from step to step than the loss: gradients are summed."""
-        return self.usual_norm > 4 * self.first_norm and self.steady_share > 0.5
+        return self.usual_norm > 2 * self.first_norm and self.steady_share > 0.5
 
     @property
     def drifted(self) -> bool:

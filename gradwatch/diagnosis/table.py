@@ -45,6 +45,7 @@ TABLE: tuple[Row, ...] = (
     Row("init_large", ("nonfinite",), ("at_start", "not grew_before"), why="no update was made yet"),
     Row("attention_logits", ("nonfinite",), ("attention", "grew_before", "not jumped"), why="logits grow unchecked"),
     Row("weight_decay", ("nonfinite",), ("weights_move_alike",), why="only decay scales all layers alike"),
+    Row("gradients_not_cleared", ("nonfinite",), ("grew_before", "gradients_pile_up")),
     Row("data_scale", ("nonfinite",), ("grew_before", "inputs_unscaled", "large_first_gradient")),
     Row("data_scale", ("nonfinite",), ("grew_before", "large_first_gradient", "huge_first_loss", "ordinary_weights")),
     Row("init_large", ("nonfinite",), ("grew_before", "large_first_gradient", "deep")),

@@ -303,6 +303,14 @@ def test_a_layer_out_of_scale_that_comes_back_into_it_has_recovered() -> None:
     assert finding.resolved_step == 100
 
 
+def test_a_layer_that_was_too_small_has_not_recovered_while_nothing_is_learnt() -> None:
+    sampled = scales(6, 1e-4, steps=400)
+    sampled["weight_norm"][10:, 2] = 0.5
+    steps = streams.batch(streams.noisy(400, 6), loss=np.full(400, 1.38), statistics=sampled)
+    (finding,) = streams.found(steps)["imbalance"]
+    assert finding.resolved_step is None
+
+
 def test_a_learning_rate_of_exactly_zero_is_a_stall_from_its_first_step_on() -> None:
     rate = np.where(np.arange(200) < 120, 0.01, 0.0)
     sampled = samples(200, 4, weight_norm=1.0, update_ratio=1e-3)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib.colors
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +19,11 @@ from PIL import Image
 
 from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import ActionRecord
-from gradwatch.reporters import style
+from gradwatch.reporters import figures, style
+from gradwatch.reporters.binning import Band
 from gradwatch.reporters.figures.depth import slope
 from gradwatch.reporters.figures.heatmap import spans
+from gradwatch.reporters.figures.timeline import reads_logarithmic
 from gradwatch.run import Run
 from tests.reporters.conftest import HOSTILE, MakeRun, named_parameters
 
@@ -232,6 +235,26 @@ def test_update_ratios_outside_of_the_usual_band_are_named(made_runs: MakeRun) -
     run = made_runs("vanishing", statistics=("update_ratio",))
 
     assert any("layers.0" in text for text in texts(run.plot.update_ratio()))
+
+
+def test_saturation_shows_only_the_modules_that_can_saturate() -> None:
+    shares = pd.DataFrame({"tanh": [0.2, 0.9], "relu": [np.nan, np.nan]}, index=[0, 10])
+    (panel, _) = figures.saturation({"saturated_fraction": shares}).axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["tanh"]
+
+
+def test_a_remedy_is_shown_over_the_names_of_the_layers(made_runs: MakeRun) -> None:
+    action = ActionRecord("a", 200, "DecayLR")
+    picture = made_runs("exploding", parameters=6, actions=[action]).plot.before_after()
+    picture.draw_without_rendering()
+    names = {label.get_text() for label in picture.axes[1].get_xticklabels()} - {""}
+    assert names == {"layers.0", "layers.1", "layers.2"}
+
+
+@pytest.mark.parametrize("decays", [True, False], ids=["decay-to-zero", "a-leap-at-the-end"])
+def test_a_learning_rate_is_logarithmic_where_a_linear_axis_hides_it(decays: bool) -> None:
+    rate = np.linspace(0.1, 1e-9, 50) if decays else np.where(np.arange(50) < 40, 0.01, 6.0)
+    assert reads_logarithmic("lr", Band(rate, rate, rate)) is not decays
 
 
 @given(st.integers(1, 800), st.integers(1, 60), st.lists(st.integers(0, 900), max_size=5))

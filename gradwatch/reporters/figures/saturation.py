@@ -27,7 +27,8 @@ def saturation(fractions: Mapping[str, pd.DataFrame], *, theme: str = "light", f
         The figure.
     """
     look = style.theme_of(theme)
-    drawn = {name: frame for name, frame in fractions.items() if frame.size and frame.notna().to_numpy().any()}
+    measured = {name: frame.dropna(axis=1, how="all") for name, frame in fractions.items()}
+    drawn = {name: frame for name, frame in measured.items() if frame.size}
     rows = max((frame.shape[1] for frame in drawn.values()), default=4)
     height = float(np.clip(1.2 + 0.2 * rows, 2.4, 6.0)) * max(1, len(drawn))
     figure = style.canvas((10.0, height), theme=look, fig=fig)
