@@ -81,7 +81,7 @@ class _Drawn:
         ratio = layer_ratio(first, second, common)
         edges, ratio = _coarser(first.edges, ratio)
         shown = [_inert(words.visible(name)) for name in common]
-        limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), 0.3, 6.0))
+        limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), np.log10(2), 6.0))
         self._axes[self._names()[1]] |= {
             "autorange": "reversed", "showgrid": False, "tickmode": "array", **_ticks(shown, self._heights[-1]),
         }  # fmt: skip

@@ -71,7 +71,7 @@ def _ratios(ax: Axes, compared: Alignment, theme: style.Theme) -> None:
         style.note(ax, "The first two runs have no layer in common.", theme)
         return
     ratio = layer_ratio(first, second, common)
-    limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), 0.3, 6.0))
+    limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), np.log10(2), 6.0))
     rows = np.arange(len(common) + 1) - 0.5
     cmap = matplotlib.colormaps["PuOr_r"].with_extremes(bad=theme.absent)
     image = ax.pcolormesh(
