@@ -23,10 +23,10 @@ class Imbalance(Rule):
     """Log norms lie on a straight line over depth (in order of execution), or the weights of a layer are out of scale.
 
     On a line each layer multiplies the gradient: info from a factor of `ratio` from end to end on. A warning when
-    gradients grow towards the input and the line is there at the first step (the initialisation is to blame: mean-
-    field theory has norms scale as chi^depth, Poole 2016, Schoenholz 2017) or spans `alarm_ratio`; critical when it
-    spans `critical_ratio` at the first step. Gradients that shrink towards the input are `Vanishing`'s to alarm
-    about.
+    gradients grow towards the input and the line is there at the first step (the initialisation is to blame:
+    mean-field theory has norms scale as chi^depth, Poole 2016, Schoenholz 2017) or spans `alarm_ratio`; critical
+    when it spans `critical_ratio` at the first step. Gradients that shrink towards the input are `Vanishing`'s to
+    alarm about.
 
     A layer is out of scale (a warning) when the root mean square of its weights times the root of their inputs,
     alike in all layers after variance scaling (Glorot, He), is 30 times the median of the others and updates change

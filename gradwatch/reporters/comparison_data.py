@@ -10,7 +10,7 @@ import numpy as np
 from gradwatch.reporters import style, words
 from gradwatch.reporters.binning import Array
 from gradwatch.reporters.comparison import Alignment
-from gradwatch.reporters.figures.comparison import layer_ratio
+from gradwatch.reporters.figures.comparison import colour_limit, layer_ratio
 from gradwatch.reporters.figures.timeline import middles
 
 #: Runs whose layers are held against the first one's in a heatmap each.
@@ -81,7 +81,7 @@ class _Drawn:
         ratio = layer_ratio(first, second, common)
         edges, ratio = _coarser(first.edges, ratio)
         shown = [_inert(words.visible(name)) for name in common]
-        limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), np.log10(2), 6.0))
+        limit = colour_limit(ratio)
         self._axes[self._names()[1]] |= {
             "autorange": "reversed", "showgrid": False, "tickmode": "array", **_ticks(shown, self._heights[-1]),
         }  # fmt: skip

@@ -71,7 +71,7 @@ def _ratios(ax: Axes, compared: Alignment, theme: style.Theme) -> None:
         style.note(ax, "The first two runs have no layer in common.", theme)
         return
     ratio = layer_ratio(first, second, common)
-    limit = float(np.clip(np.nanmax(np.abs(np.where(np.isfinite(ratio), ratio, 0.0)), initial=0.0), np.log10(2), 6.0))
+    limit = colour_limit(ratio)
     rows = np.arange(len(common) + 1) - 0.5
     cmap = matplotlib.colormaps["PuOr_r"].with_extremes(bad=theme.absent)
     image = ax.pcolormesh(
@@ -87,6 +87,12 @@ def _ratios(ax: Axes, compared: Alignment, theme: style.Theme) -> None:
     bar.outline.set_visible(False)
     style.row_labels(ax, common, theme=theme)
     style.step_axis(ax)
+
+
+def colour_limit(ratio: Any) -> float:
+    """The logarithm to base 10 at which the colours end: of the largest ratio, at least 2 and at most a million."""
+    largest = np.max(np.abs(ratio[np.isfinite(ratio)]), initial=0.0)
+    return float(np.clip(largest, np.log10(2), 6.0))
 
 
 def layer_ratio(first: Digest, second: Digest, layers: list[str]) -> Any:
