@@ -71,7 +71,7 @@ class Reinitialize(_WhenNothingIsLearnt):
 
     default_on: ClassVar[tuple[str, ...]] = ("vanishing", "exploding", "nonfinite", "dead", "dying_relu", "saturation")
     priority: ClassVar[int] = 40
-    cures = ("init_large", "init_small", "recurrence", "dying_relu")
+    cures = ("init_large", "init_small", "layer_scale", "recurrence", "dying_relu", "weights_replaced")
     is_undone: ClassVar[bool] = True
 
     def __init__(self, *, scheme: str = "auto", factor: float = 0.1, **common: Unpack[RemedyOptions]) -> None:

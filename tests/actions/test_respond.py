@@ -153,7 +153,7 @@ def test_units_that_steps_killed_come_back_with_the_weights_before(
 
 @pytest.mark.parametrize(
     ("cause", "times", "factor"),
-    [("init_large", {}, 1.0), ("killed_units", {}, 0.03), ("init_large", {"Reinitialize": 1}, 0.03)],
+    [("layer_scale", {}, 1.0), ("killed_units", {}, 0.03), ("init_large", {"Reinitialize": 1}, 0.03)],
 )
 def test_new_weights_get_a_lower_rate_where_it_was_the_cause_or_they_fell_sick_before(
     cause: str, times: dict[str, int], factor: float
@@ -163,7 +163,7 @@ def test_new_weights_get_a_lower_rate_where_it_was_the_cause_or_they_fell_sick_b
     assert factor_of(Reinitialize(), sick("dead", evidence={"cause_id": cause}), state) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize(("cause", "is_due"), [("init_small", True), ("learning_rate_small", False)])
+@pytest.mark.parametrize(("cause", "is_due"), [("init_small", True), ("layer_scale", True), ("rate_zero", False)])
 def test_a_stall_calls_for_new_weights_only_where_they_are_the_cause(cause: str, is_due: bool) -> None:
     finding = sick("stall", evidence={"cause_id": cause})
 
