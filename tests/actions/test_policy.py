@@ -107,6 +107,15 @@ def test_what_did_not_help_is_not_repeated_and_the_next_remedy_follows() -> None
     assert done == ["11 DecayLR", "21 Rollback", "22 Stop"]
 
 
+def test_a_remedy_is_tried_as_often_as_it_may_against_what_stays() -> None:
+    policy = Policy(Ladder([DecayLR(within=5, tries=2, cooldown=0), Rollback(within=5, tries=1)]))
+
+    done = acts(policy, range(11, 60), {11: sick()})
+
+    assert [entry.split()[1] for entry in done] == ["DecayLR", "DecayLR", "Rollback"]
+    assert policy.state.failures["DecayLR:exploding"] == 2
+
+
 def episodes(*firsts: int, lasting: int = 2, rule: str = "exploding") -> dict[int, Finding]:
     """A finding that opens at each of these steps and resolves soon after."""
     opened = {first: sick(rule, step=first) for first in firsts}

@@ -43,6 +43,25 @@ def test_nonfinite_blames_the_loss_when_the_loss_is_nan() -> None:
     assert "loss became NaN at step 30" in finding.message
 
 
+def test_weights_that_are_not_finite_are_named() -> None:
+    weights = np.ones((4, 5))
+    weights[2, [1, 3]] = np.nan, np.inf
+    steps = streams.batch(streams.noisy(40, 5), loss=streams.falling(40), statistics={"weight_norm": weights})
+    finding = streams.found(steps)["nonfinite"][0]
+    assert (finding.severity, finding.first_step) == ("critical", 20)
+    assert finding.evidence["bad_weights"] == ["layer1.weight", "layer3.weight"]
+
+
+def test_the_first_module_whose_output_is_not_finite_is_named() -> None:
+    norms, means = streams.noisy(40, 3), np.ones((4, 3))
+    norms[20:], means[2, 1:] = np.nan, np.nan
+    steps = streams.batch(
+        norms, loss=streams.falling(40), statistics={"activation_mean": means}, modules=["a", "b", "c"]
+    )
+    finding = streams.found(steps)["nonfinite"][0]
+    assert (finding.evidence["first_bad_module"], finding.evidence["direction"]) == ("b", "forward")
+
+
 @pytest.mark.parametrize(("steps", "alarmed"), [(8, False), (40, True)])
 def test_steps_skipped_by_a_grad_scaler_alarm_only_when_they_do_not_end(steps: int, alarmed: bool) -> None:
     norms, reason = streams.noisy(100, 4), np.zeros(100)
