@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
+from gradwatch.errors import MissingDependencyError
+
 
 class GradientListener(Protocol):
     """Who wants to know that gradients are about to be changed, or were."""
@@ -41,6 +43,16 @@ class GradientListener(Protocol):
 _REPEATABLE = (list, tuple, Tensor, nn.Parameter)
 _listeners: list[GradientListener] = []
 _originals: list[tuple[Any, str, Any]] = []
+
+
+def require_torch() -> None:
+    """Say so where PyTorch is older than what the taps hold on to.
+
+    Raises:
+        MissingDependencyError: It is older than 2.6.
+    """
+    if not hasattr(clip_grad, "_clip_grads_with_norm_"):
+        raise MissingDependencyError(f"gradwatch needs PyTorch 2.6 or newer: {torch.__version__}")
 
 
 def listen(listener: GradientListener) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from gradwatch.backends.torch_restart import how_it_ended, last_words, restarts
 from gradwatch.backends.torch_sharding import world
+from gradwatch.backends.torch_taps import require_torch
 from gradwatch.errors import GradwatchError, ModelError
 from gradwatch.integrations.torch import TorchWatcher
 from gradwatch.integrations.torch_attach import unwrapped
@@ -23,6 +24,7 @@ def watch_torch(
     model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None, **settings: Unpack[WatchOptions]
 ) -> TorchWatcher:
     """See `gradwatch.watch`."""
+    require_torch()
     given = [] if optimizer is None else optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     optimizers = [unwrapped(each) for each in given]
     loss_fn = settings.get("loss_fn")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gradwatch as gw
-from gradwatch.errors import ConfigurationError, ModelError, UnknownNameError
+from gradwatch.errors import ConfigurationError, MissingDependencyError, ModelError, UnknownNameError
 from tests.torch.loops import mlp, watching
 
 
@@ -34,6 +34,14 @@ def test_what_cannot_be_watched(run_dir: Path, model: Any, optimizer: Any, messa
 def test_a_loss_that_is_no_module(run_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"'loss_fn' must be a torch.nn.Module: <function"):
         gw.watch(mlp(), run_dir=run_dir, loss_fn=nn.functional.mse_loss)
+
+
+def test_a_torch_that_is_too_old(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(nn.utils.clip_grad, "_clip_grads_with_norm_")
+
+    with pytest.raises(MissingDependencyError, match=r"gradwatch needs PyTorch 2.6 or newer: 2\."):
+        gw.watch(mlp(), run_dir=run_dir)
+    assert not run_dir.exists()
 
 
 def test_an_unknown_setting(run_dir: Path) -> None:
