@@ -81,7 +81,7 @@ def verdict(played: Played, clean: Played, plain: list[str], run_dir: Path, faul
     """
     wrong = harm(played, plain, fault)
     if played.error is None or fault.site.moment != "watch":
-        wrong += _record(run_dir, played)
+        wrong += _record(run_dir, played, fault)
     return wrong + (_rest(played, clean) if played.error is None and fault.kind != "interrupt" else [])
 
 
@@ -120,14 +120,16 @@ def _told(played: Played, fault: Fault) -> list[str]:
     return wrong
 
 
-def _record(run_dir: Path, played: Played) -> list[str]:
+def _record(run_dir: Path, played: Played, fault: Fault) -> list[str]:
     try:
         run = gw.load(run_dir)
         played.steps = len(run.grad_norms())
         run.findings()
     except Exception as error:  # noqa: BLE001 -- any exception is what we look for
         return [f"unreadable: {type(error).__name__}: {error}"]
-    return [] if run.info.status == "finished" else [f"unfinished: the record says {run.info.status}"]
+    # What is interrupted may say so.
+    has_ended = run.info.status == "finished" or (fault.kind == "interrupt" and run.info.status == "crashed")
+    return [] if has_ended else [f"unfinished: the record says {run.info.status}"]
 
 
 def _rest(played: Played, clean: Played) -> list[str]:

@@ -111,7 +111,9 @@ class KerasStage(Stage):
         watcher.close()
         overhead = watcher.overhead()
         played.failures, played.dropped = dict(overhead["failures"]), int(overhead["dropped_steps"])
-        played.leaks += [f"{key} of {type(part).__name__}" for part in (model, model.optimizer) for key in _ours(part)]
+        if not isinstance(played.error, KeyboardInterrupt):  # of a `fit` that is interrupted Keras tells no callback
+            parts = (model, model.optimizer)
+            played.leaks += [f"{key} of {type(part).__name__}" for part in parts for key in _ours(part)]
         return weakref.ref(watcher)
 
 

@@ -115,7 +115,22 @@ def instructions(code: CodeType) -> dict[int, int]:
 def left_out(code: CodeType, when: str) -> frozenset[int]:
     """Offsets at which nothing fails: calls of the user's own, and behind one that gave a bare descriptor."""
     spans = passed_on(code.co_filename) | (descriptors(code.co_filename) if when == "after" else frozenset())
-    return frozenset(each.offset for each in dis.get_instructions(code) if each.positions in spans)
+    return frozenset(each.offset for each in _with_caches(code) if each.positions in spans)
+
+
+def _with_caches(code: CodeType) -> Iterator[dis.Instruction]:
+    """The instructions, with the caches behind them, the last of which is "the last instruction" in a Python call."""
+    return dis.get_instructions(code, show_caches=True)
+
+
+@functools.cache
+def _begins(code: CodeType) -> dict[int, int]:
+    """Offset of an instruction or of a cache behind it to that of the instruction."""
+    begins, begin = {}, 0
+    for each in _with_caches(code):
+        begin = begin if each.opname == "CACHE" else each.offset
+        begins[each.offset] = begin
+    return begins
 
 
 def _place(code: CodeType) -> tuple[str, str, int]:
@@ -189,7 +204,7 @@ class Catalogue:
     def _calls_out(self, frame: FrameType, module: str) -> None:
         self._calling_out.add(frame.f_code)
         if module.partition(".")[0] in _WAITING:
-            self._waiting.add((frame.f_code, frame.f_lasti))
+            self._waiting.add((frame.f_code, _begins(frame.f_code)[frame.f_lasti]))
 
     def _note(self, frame: FrameType, line: int, when: str) -> None:
         if self._moment.now:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from functools import partial
 from typing import Any, Unpack
 
 import keras
@@ -87,10 +88,10 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
 
     def _end(self, status: str = "finished", detail: str = "") -> None:
         session, self._session, self._fit = self._session, None, None
-        _watching.discard(self)
         if session is not None:
             self._last = session.watcher or self._last
             self._state = session.release(status, detail) or self._state
+            session.instrument.tap.faults.let_go("close", partial(_watching.discard, self))
 
     def _stop(self, words: str) -> None:
         self._model.stop_training = True

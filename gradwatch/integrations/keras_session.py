@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import keras
@@ -62,6 +63,8 @@ class Session:
         if self.instrument.tap.columns is not None or model.built:
             self.instrument.prepare()
         self._is_jax = keras.backend.backend() == "jax"
+        #: How many batches a call takes.
+        self._batches: int = 1 if self._is_jax else getattr(model, "steps_per_execution", 1)
         if self._is_jax:
             self.instrument.tap.before_step = self._before  # type: ignore[attr-defined]
             self.instrument.tap.after_step = self._after  # type: ignore[attr-defined]
@@ -92,27 +95,46 @@ class Session:
         if getattr(self.model, "history", None) is not self._history:
             self.release("crashed", "fit() ended early")
             return self.plain(*args)
-        if not self._is_jax:
-            self._before(None)
         try:
-            with self.instrument.attached():
-                result = self.instrument.function(*args)
+            return self._step(*args)
         except BaseException as error:
             if not (isinstance(error, StopTraining) or _is_end_of_data(error)):
                 self.release("crashed", f"{type(error).__name__}: {error}"[:500])
             raise
+
+    def _step(self, *args: Any) -> Any:
+        if not self._is_jax:
+            self._before(None)
+        faults = self.instrument.tap.faults
+        sitting = faults.call("keras tap", self._sit, default=None)
+        if sitting is None:
+            return self.plain(*args)
+        try:
+            result = self.instrument.function(*args)
+        finally:
+            faults.let_go("keras tap", sitting.close)
         if not self._is_jax:
             self._after(None, result)
         return result
 
+    def _sit(self) -> ExitStack:
+        """Sit on the optimizers until what is returned is closed."""
+        sitting = ExitStack()
+        sitting.enter_context(self.instrument.attached())
+        return sitting
+
     def _before(self, state: Any) -> Any:
         """Before a step, on the host. On JAX the state of the training passes through."""
         watcher = self.watcher
-        if watcher is not None:
-            started = time.perf_counter()
-            state = watcher.faults.call("keras host", self._look, state, default=state)
-            watcher.note_cost(time.perf_counter() - started)
-        return state
+        if watcher is None:
+            return state
+        return watcher.faults.call("keras host", self._timed, watcher, self._look, state, default=state)
+
+    def _timed(self, watcher: KerasWatcher, work: Callable[..., Any], *args: Any) -> Any:
+        started = time.perf_counter()
+        result = work(*args)
+        watcher.note_cost(time.perf_counter() - started)
+        return result
 
     def _look(self, state: Any) -> Any:
         watcher = self.watcher
@@ -127,7 +149,7 @@ class Session:
         self._call = watcher.began(epoch=self.epoch, batch=self.batch)
         self._sampled = self._is_sampled()
         self.instrument.tap.set_sampling(self._sampled)
-        single = self._is_jax or getattr(self.model, "steps_per_execution", 1) == 1
+        single = self._batches == 1
         self._before_sample = self._copies(state) if self._sampled and single else None
         return state
 
@@ -186,37 +208,36 @@ class Session:
     def _after(self, state: Any, logs: Any) -> None:
         watcher = self.watcher
         if watcher is not None:
-            started = time.perf_counter()
-            call = self._call or watcher.began(epoch=self.epoch, batch=self.batch)
-            if self._sampled:
-                call.statistics.append(watcher.faults.call("keras sample", self._sample, default=_nothing))
-            if self._before_sample is not None:
-                before, self._before_sample = self._before_sample, None
-                call.statistics.append(
-                    watcher.faults.call("keras sample", self._changes, before, state, default=_nothing)
-                )
-            watcher.faults.call("keras host", watcher.ran, call, logs, default=None)
-            watcher.note_cost(time.perf_counter() - started)
+            watcher.faults.call("keras host", self._timed, watcher, self._note, watcher, state, logs, default=None)
         self._call = None
         self.calls += 1
-        self.batch += 1 if self._is_jax else getattr(self.model, "steps_per_execution", 1)
+        self.batch += self._batches
+
+    def _note(self, watcher: KerasWatcher, state: Any, logs: Any) -> None:
+        call = self._call or watcher.began(epoch=self.epoch, batch=self.batch)
+        if self._sampled:
+            call.statistics.append(watcher.faults.call("keras sample", self._sample, default=_nothing))
+        if self._before_sample is not None:
+            before, self._before_sample = self._before_sample, None
+            call.statistics.append(watcher.faults.call("keras sample", self._changes, before, state, default=_nothing))
+        watcher.ran(call, logs)
 
     def epoch_began(self, epoch: int) -> None:
         """Count epochs and batches."""
         self.epoch, self.batch = epoch, 0
         # Looked up once: Keras collects them from all layers, which takes a millisecond for a hundred of these.
-        self._trained = Trained(self.model) if self.model.built else None
+        faults = self.instrument.tap.faults
+        self._trained = faults.call("keras sample", Trained, self.model, default=None) if self.model.built else None
 
     def epoch_ended(self, logs: dict[str, Any]) -> None:
         """Everything the epoch did is taken; validation metrics go to its last step."""
         if self.watcher is not None:
             self.watcher.faults.call("keras host", self.read, default=None)
-            self.watcher.epoch_ended(logs)
+            self.watcher.faults.call("keras host", self.watcher.epoch_ended, logs, default=None)
 
     def release(self, status: str = "finished", detail: str = "") -> dict[str, Any] | None:
         """Give the model its train function back and end the record; what the next session goes on from."""
-        if self.model.train_function is self:
-            self.model.train_function = self.plain
+        self.instrument.tap.faults.let_go("close", self._give_back)
         self.instrument.on_ready = None
         watcher = self.watcher
         if watcher is None:
@@ -228,8 +249,12 @@ class Session:
         state = watcher.faults.call("keras host", watcher.state_dict, default=None)
         watcher.close(status, detail)
         if self.actions is not None:
-            self.actions.close()
+            watcher.faults.let_go("close", self.actions.close)
         return state
+
+    def _give_back(self) -> None:
+        if self.model.train_function is self:
+            self.model.train_function = self.plain
 
 
 class Trained:
