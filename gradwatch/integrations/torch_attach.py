@@ -96,9 +96,9 @@ def _untraced(hook: Callable[..., Any], reference: weakref.ref[TorchWatcher]) ->
     return call
 
 
-def _tell(reference: weakref.ref[TorchWatcher], error: Exception) -> None:
+def _tell(reference: weakref.ref[TorchWatcher] | None, error: Exception) -> None:
     try:
-        if watcher := reference():
+        if reference is not None and (watcher := reference()) is not None:
             watcher.safely.failed(error)
     except Exception:  # noqa: BLE001 -- there is nobody left to tell
         return
@@ -163,9 +163,9 @@ class LossHook:
         self._watcher = watcher
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._watcher is None:
-            return
         try:
+            if torch.compiler.is_compiling() or self._watcher is None:
+                return
             watcher = self._watcher()
             is_loss = isinstance(output, Tensor) and output.numel() == 1 and output.requires_grad
             if watcher and is_loss and module.training:
