@@ -15,8 +15,10 @@ from gradwatch.detectors.engine import Engine, replay
 from gradwatch.errors import ConfigurationError, RunExistsError, RunLockedError, WatcherClosedError
 from gradwatch.provenance import default_run_dir
 from gradwatch.reader import RunReader
-from gradwatch.records import NOT_MEASURED, Parameter
+from gradwatch.records import NOT_MEASURED, Parameter, RunInfo
 from gradwatch.rows import global_norm
+from gradwatch.sinks.base import Sink
+from gradwatch.sinks.rows import Row
 from gradwatch.watcher import Watcher
 
 PARAMETERS = (Parameter("conv.weight", depth=0), Parameter("fc.weight", depth=1), Parameter("fc.bias", depth=1))
@@ -160,6 +162,40 @@ def test_a_failing_detector_is_switched_off_and_the_rest_goes_on(
     assert {f.rule for f in watcher.findings} == {"exploding"}
     assert len(caplog.records) == 1
     assert "mine" in str(RunReader(run_dir).info.overhead["errors"])
+
+
+def test_of_two_sinks_of_one_kind_only_the_one_that_fails_is_switched_off(run_dir: Path) -> None:
+    class Told(Sink):
+        heard = 0
+
+        def begin(self, info: RunInfo, run_dir: Path) -> None: ...
+
+        def write(self, rows: list[Row]) -> None:
+            self.heard += len(rows)
+
+        def end(self, status: str) -> None: ...
+
+    broken, whole = Told(), Told()
+    broken.steps = None  # type: ignore[method-assign, assignment]
+    watcher = watcher_of(run_dir, sinks=[broken, whole])
+    feed(watcher, 5)
+    watcher.close()
+
+    assert (broken.heard, whole.heard) == (0, 5)
+    assert watcher.overhead()["failures"] == {"Told": 1}
+
+
+def test_a_failure_of_ours_stays_out_of_observe_and_misuse_is_raised(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watcher = watcher_of(run_dir)
+    with pytest.raises(ConfigurationError, match="'loss' must be a number or a scalar tensor: 'low'"):
+        watcher.observe(grad_norm=[1.0, 2.0, 3.0], loss="low")  # type: ignore[arg-type]
+    monkeypatch.setattr(watcher, "_close_row", None)
+
+    assert watcher.observe(grad_norm=[1.0, 2.0, 3.0], loss=1.0) == []
+    assert watcher.overhead()["failures"] == {"observe": 1}
+    watcher.close()
 
 
 def test_own_cost_is_in_the_record(run_dir: Path) -> None:

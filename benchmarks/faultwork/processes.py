@@ -111,22 +111,19 @@ class Processes(Stage):
         fired, is_foreseen = told.fired + child.fired, told.is_foreseen or child.is_foreseen
         fault, wrong = Fault(injection.site, injection.kind, is_foreseen=is_foreseen), []
         if fired:
-            wrong = self._verdict(injection, told.played, child.played, fault, run_dir)
+            wrong = verdict(told.played, self.clean[injection.scene], self.plain[injection.scene], run_dir, fault)
+            if not told.fired:  # it is the child that hears of the fault
+                wrong = [what for what in wrong if not what.startswith(("unlogged", "uncounted", "swallowed"))]
+            if injection.scene.startswith("fork"):
+                plain_child = self.plain[injection.scene][FORK:]
+                of_child = harm(child.played, plain_child, fault if child.fired else Fault(injection.site, "hang"))
+                wrong += [f"{what} (in the child)" for what in of_child]
             wrong += [f"raised: the process ended with {code}"] if code else []
             wrong += [f"raised: {errors}"] if errors and injection.kind != "interrupt" else []
         shutil.rmtree(run_dir, ignore_errors=True)
         failures = told.played.failures | child.played.failures
         logged = [text for _, text in told.played.logged + child.played.logged]
         return {"fired": fired, "foreseen": is_foreseen, "wrong": wrong, "failures": failures, "logged": logged}
-
-    def _verdict(self, injection: Injection, played: Played, child: Played, fault: Fault, run_dir: Path) -> list[str]:
-        wrong = verdict(played, self.clean[injection.scene], self.plain[injection.scene], run_dir, fault)
-        if injection.scene.startswith("exit"):
-            return wrong
-        # It is the child that hears of the fault.
-        wrong = [what for what in wrong if not what.startswith(("unlogged", "uncounted", "swallowed"))]
-        of_child = harm(child, self.plain[injection.scene][FORK:], fault)
-        return wrong + [f"{what} (in the child)" for what in of_child]
 
     def _order(self, scene: str, run_dir: Path, injection: Injection | None = None) -> tuple[Told, Told, str, int]:
         how, _, name = scene.partition(" ")

@@ -113,9 +113,18 @@ def instructions(code: CodeType) -> dict[int, int]:
 
 @functools.cache
 def left_out(code: CodeType, when: str) -> frozenset[int]:
-    """Offsets at which nothing fails: calls of the user's own, and behind one that gave a bare descriptor."""
-    spans = passed_on(code.co_filename) | (descriptors(code.co_filename) if when == "after" else frozenset())
-    return frozenset(each.offset for each in _with_caches(code) if each.positions in spans)
+    """Offsets at which nothing fails.
+
+    Those are calls of the user's own, and places behind a call that gave a bare descriptor or that entered a `with`:
+    Python sees to it that nothing comes between the entering and the block.
+    """
+    is_after = when == "after"
+    spans = passed_on(code.co_filename) | (descriptors(code.co_filename) if is_after else frozenset())
+    return frozenset(
+        each.offset
+        for each in _with_caches(code)
+        if each.positions in spans or (is_after and each.opname == "BEFORE_WITH")
+    )
 
 
 def _with_caches(code: CodeType) -> Iterator[dis.Instruction]:

@@ -40,7 +40,11 @@ class BackwardEnd:
         self._arrivals: list[int] = []
         self._passes: dict[tuple[int, int], list[int]] = {}
         self._suspects: set[int] = set()
-        self.add(range(len(parameters)))
+        try:
+            self.add(range(len(parameters)))
+        except BaseException:
+            self.remove()
+            raise
 
     def add(self, places: Iterable[int]) -> None:
         """Put hooks on more parameters."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from gradwatch.actions.policy import Policy
 from gradwatch.backends.keras_actions import KerasActions
+from gradwatch.backends.keras_model import Columns
 from gradwatch.backends.keras_rule import base_of
 from gradwatch.backends.keras_samples import parts
 from gradwatch.errors import ModelError, StopTraining
@@ -76,20 +77,24 @@ class Session:
         if self.watcher is None and tap.columns is not None:
             given = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(Settings)}
             self.watcher = KerasWatcher(tap.columns, modules=self.instrument.sampler.modules, **given)
-            self.watcher.micro_steps = _micro_steps(self.model)
-            self.watcher.on_stop = self._stop or self.watcher.on_stop
-            self.actions = KerasActions(
-                self.model,
-                tap.columns,
-                optimizers=tap.optimizers,
-                actions=self.watcher.between,
-                run_dir=self.watcher.run_dir,
-            )
-            tap.faults = self.watcher.faults
-            tap.reset()
-            if self._state is not None:
-                self.watcher.load_state_dict(self._state)
-                tap.set_lr_factor(self.watcher.lr_factor)
+            try:
+                self._begin(self.watcher, tap.columns)
+            except BaseException:
+                self.watcher.close("crashed", "could not begin")
+                raise
+
+    def _begin(self, watcher: KerasWatcher, columns: Columns) -> None:
+        tap = self.instrument.tap
+        watcher.micro_steps = _micro_steps(self.model)
+        watcher.on_stop = self._stop or watcher.on_stop
+        self.actions = KerasActions(
+            self.model, columns, optimizers=tap.optimizers, actions=watcher.between, run_dir=watcher.run_dir
+        )
+        tap.faults = watcher.faults
+        tap.reset()
+        if self._state is not None:
+            watcher.load_state_dict(self._state)
+            tap.set_lr_factor(watcher.lr_factor)
 
     def __call__(self, *args: Any) -> Any:
         if getattr(self.model, "history", None) is not self._history:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gradwatch.backends.keras_model import Columns
+from gradwatch.backends.keras_tap import Tap
 from gradwatch.keras import GradWatch
 from gradwatch.reader import RunReader
 from tests.keras.training import (
@@ -122,3 +123,16 @@ def test_weights_and_their_updates_are_sampled(tmp_path: Path) -> None:
     for step, (_, row) in zip((0, 2), ratio.iterrows(), strict=True):
         changes = [np.linalg.norm(b - a) / np.linalg.norm(b) for a, b in zip(*weights[step : step + 2], strict=True)]
         assert row.to_numpy() == pytest.approx(changes, rel=1e-4)
+
+
+def test_a_training_goes_on_where_we_cannot_sit_on_its_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = data()
+    plain = fit(dense(), x, y)
+    monkeypatch.setattr(Tap, "attached", None)
+    callback = GradWatch(run_dir=tmp_path / "run")
+
+    assert difference(plain, fit(dense(), x, y, callback)) == 0.0
+    assert callback.watcher is not None
+    assert callback.watcher.overhead()["failures"] == {"keras tap": 1}
