@@ -93,13 +93,14 @@ def harm(played: Played, plain: list[str], fault: Fault) -> list[str]:
     if states != plain[: len(states)]:
         step = next(k for k, state in enumerate(states) if state != plain[k]) - 1
         wrong.append(f"differs: from step {step}")
-    if site.moment == "watch" and played.error is not None and played.digests[-1] != plain[0]:
+    has_begun = site.moment != "watch" or len(played.digests) > 1
+    if not has_begun and played.error is not None and played.digests[-1] != plain[0]:
         wrong.append("differs: `watch` failed and left other state than it found")
     if kind == "interrupt":
         # At the end of the interpreter nobody is left to take it.
         if site.moment != "exit" and not isinstance(played.error, KeyboardInterrupt):
             wrong.append(f"swallowed: an interrupt, {played.error!r}")
-    elif played.error is not None and site.moment != "watch":
+    elif played.error is not None and has_begun:
         wrong.append(f"raised: {type(played.error).__name__}: {played.error}")
     if played.is_blocked:
         wrong.append("blocked: the loop waited for a thread that hung")
