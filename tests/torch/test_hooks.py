@@ -44,7 +44,7 @@ def test_an_interrupt_behind_the_putting_of_a_hook_leaves_none(
     with pytest.raises(KeyboardInterrupt):
         gw.watch(model, given, run_dir=run_dir, loss_fn=loss_fn)
 
-    assert not model.weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    assert not model.weight._post_accumulate_grad_hooks
     assert not loss_fn._forward_hooks
     assert not optimizer._optimizer_step_pre_hooks
     module = sys.modules[Optimizer.__module__]
