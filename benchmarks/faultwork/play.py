@@ -238,6 +238,9 @@ class Traces:
             hooks[name].clear()
         if len(weakref.finalize._registry) > self.finalizers:  # type: ignore[attr-defined]  # noqa: SLF001
             found.append("finalizer")
+        if not torch.is_grad_enabled():
+            found.append("gradients switched off")
+            torch.set_grad_enabled(True)
         if watcher is not None and watcher() is not None:
             found.append("the watcher itself")
         gc.freeze()  # what is here now need not be looked through after the next play
