@@ -32,6 +32,24 @@ def lightning(training: Training, stack: ExitStack) -> Step:
     return step
 
 
+def lightning_csv(training: Training, stack: ExitStack) -> Step:
+    """The same, recorded as its Trainer does with `log_every_n_steps=1`: by its CSVLogger."""
+    from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.utilities import grad_norm
+
+    logger, count = CSVLogger(str(training.folder)), iter(range(10**9))
+
+    def step() -> None:
+        training.backward()
+        metrics = convert_tensors_to_scalars(grad_norm(training.model, norm_type=2))
+        logger.log_metrics(metrics, step=next(count))
+        logger.save()
+        training.optimizer.step()
+
+    return step
+
+
 def composer(training: Training, stack: ExitStack) -> Step:
     """The metrics of Composer's OptimizerMonitor, without its Trainer: norms of gradients by parameter, and global."""
     from composer.callbacks import OptimizerMonitor
@@ -196,6 +214,7 @@ def cockpit(training: Training, stack: ExitStack) -> Step:
 
 PEERS: dict[str, Variant] = {
     "Lightning grad_norm": lightning,
+    "Lightning grad_norm, CSVLogger": lightning_csv,
     "Composer OptimizerMonitor": composer,
     "Ignite GradsScalarHandler": ignite,
     "TensorBoard add_histogram": tensorboard_histograms,
@@ -209,6 +228,7 @@ PEERS: dict[str, Variant] = {
 #: Each peer's distribution.
 PACKAGES = {
     "Lightning grad_norm": "lightning",
+    "Lightning grad_norm, CSVLogger": "lightning",
     "Composer OptimizerMonitor": "mosaicml",
     "Ignite GradsScalarHandler": "pytorch-ignite",
     "TensorBoard add_histogram": "tensorboard",

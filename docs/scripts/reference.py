@@ -15,6 +15,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +25,12 @@ from gradwatch.detectors import CATALOGUE  # noqa: E402
 from tests import test_structure as structure  # noqa: E402
 
 _PART = re.compile(r"(<!-- from the code: (\w+) ?([\w ]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+#: Tools of the short table of overheads.
+_BRIEF = (
+    "plain again", "clip_grad_norm_", "gradwatch, record + detect", "gradwatch, record + detect + Clip",
+    "Lightning grad_norm, CSVLogger", "Composer OptimizerMonitor", "Ignite GradsScalarHandler",
+    "wandb.watch (offline)", "TrainScope", "PulseGrad, k=1",
+)  # fmt: skip
 _SECTION = re.compile(r"^(Args|Examples|Attributes|Raises):$", re.MULTILINE)
 
 
@@ -100,6 +108,26 @@ def lesson(title: str) -> str:
     return next(table for table in printed if table.startswith(f"**{title}"))
 
 
+def overhead(extent: str) -> str:
+    """Processor time of a step with each tool over that of the plain loop, as last measured; `brief` shows some."""
+    measured = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text(encoding="utf-8"))
+    tables = [table for table in measured["tables"] if (table["threads"], table["dtype"]) == (1, "float32")]
+    rows = ["| | " + " | ".join(table["model"] for table in tables) + " |", "| --- |" + " ---: |" * len(tables)]
+    steps = (f"{1e3 * np.median(table['rounds']['plain again']['plain_wall']):.3g} ms" for table in tables)
+    rows.append(f"| a step of the plain loop | {' | '.join(steps)} |")
+    for tool in _BRIEF if extent == "brief" else tables[0]["summary"]:
+        found = [table["summary"][tool] for table in tables]
+        ratios = ("–" if "error" in each else f"{each['processor']:.{2 + (each['processor'] < 2)}f}" for each in found)
+        rows.append(f"| {tool}{_version(tool, measured['peers'])} | {' | '.join(ratios)} |")
+    machine, rounds = measured["machine"], len(tables[0]["rounds"]["plain again"]["plain_wall"])
+    caption = f"{machine['date'][:10]}, {machine['processor']}, one thread, float32, medians of {rounds} rounds."
+    return "\n".join([*rows, "", caption])
+
+
+def _version(tool: str, versions: dict[str, str]) -> str:
+    return f" ({versions[tool]})" if tool in versions else ""
+
+
 def sections(cls: type) -> tuple[str, dict[str, str], str]:
     """The docstring of a class: its text, its arguments, and what follows them up to the examples."""
     doc = inspect.getdoc(cls) or ""
@@ -122,12 +150,15 @@ def _shown(value: object) -> str:
     return ", ".join(value) if isinstance(value, (tuple, list)) else repr(value)
 
 
-_PARTS = {"rules": rules, "rule": rule, "action": action, "imports": imports, "files": files, "lesson": lesson}
+_PARTS = {
+    "rules": rules, "rule": rule, "action": action, "imports": imports, "files": files, "lesson": lesson,
+    "overhead": overhead,
+}  # fmt: skip
 
 
 def main() -> None:
     """Renew all pages."""
-    for page in sorted((ROOT / "docs").rglob("*.md")):
+    for page in [*ROOT.glob("README*.md"), *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         if (new := renewed(text)) != text:
             page.write_text(new, encoding="utf-8")

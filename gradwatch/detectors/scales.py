@@ -8,6 +8,7 @@ import numpy as np
 
 from gradwatch.detectors.base import RunContext
 from gradwatch.detectors.memory import FloatArray, Kept, Mask, PerLayer, Remembers
+from gradwatch.detectors.trend import median
 
 #: Layers whose weights multiply a signal and are initialised in proportion to its width; no embeddings, no norms.
 KINDS = ("Linear", "Conv", "Dense")
@@ -68,7 +69,7 @@ class Scales(Remembers):
         if len(peers) <= LEAST_PEERS:
             self.odd, self.factor = "", 1.0
             return
-        self.usual = float(np.median(self.scale[peers]))
+        self.usual = median(self.scale[peers])
         factors = np.log(self.scale[peers] / self.usual)
         place = int(np.argmax(np.abs(factors)))
         layer, factor = int(peers[place]), float(np.exp(factors[place]))
@@ -76,6 +77,6 @@ class Scales(Remembers):
         large, small = (STILL_LARGE, STILL_SMALL) if name == self.odd else (LARGE, SMALL)
         if name == self.odd and not is_learning:
             small = ALIKE
-        unmoved = bool(ratios[layer] * UNMOVED < np.nanmedian(ratios[peers]))  # false of NaN
-        stands_out = (factor > large and unmoved) or factor * small < 1
+        is_small, is_large = factor * small < 1, factor > large
+        stands_out = is_small or (is_large and ratios[layer] * UNMOVED < median(ratios[peers]))
         self.odd, self.factor = (name, factor) if stands_out else ("", 1.0)

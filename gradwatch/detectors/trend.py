@@ -61,7 +61,7 @@ class Trend(Remembers):
         if not self.fresh:
             return
         block = self.sum / EVERY
-        middle = _median(block) if len(block) >= LEAST_LAYERS else 0.0
+        middle = median(block) if len(block) >= LEAST_LAYERS else 0.0
         self.course = [*self.course[1 - BLOCKS :], middle]
         self.blocks[:-1] = self.blocks[1:]
         self.blocks[-1] = block - middle
@@ -83,7 +83,7 @@ class Trend(Remembers):
         self.late = (blocks[-2] + blocks[-1]) / 2 - middle
 
 
-def _median(block: FloatArray) -> float:
+def median(block: FloatArray) -> float:
     """The median of what is known; 0 where nothing is."""
     # numpy's own function takes ten times as long over few numbers.
     ordered = np.sort(block)  # NaN last
