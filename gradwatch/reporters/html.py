@@ -22,9 +22,11 @@ from gradwatch.reporters.text import SIGNS
 if TYPE_CHECKING:
     from gradwatch.reader import RunReader
 
-MOST_FINDINGS, MOST_ACTIONS, MOST_LAYERS = 100, 200, 2_000
+MOST_FINDINGS, MOST_ACTIONS, MOST_LAYERS = 100, 200, 700
+#: Rows of the layer table where there are more layers: the charts of wide models need the room.
+TELLING = 250
 #: Columns of the heatmap, at least and at most.
-COLUMN_RANGE = (60, 800)
+COLUMN_RANGE = (16, 800)
 #: How many steps around the onset are shown in full, at most; three eighths of them before it.
 CLOSE_UP = 400
 
@@ -123,7 +125,7 @@ def _pictures(summary: Summary, digest: Digest) -> dict[str, Any]:
 
 def _most_telling(rows: list[list[Cell]]) -> list[list[Cell]]:
     """Layers with findings first, as many as are shown."""
-    return sorted(rows, key=lambda row: not row[-1].text)[:MOST_LAYERS]
+    return sorted(rows, key=lambda row: not row[-1].text)[:TELLING]
 
 
 def _finding(chapter: Chapter, summary: Summary) -> dict[str, Any]:

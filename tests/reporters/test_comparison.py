@@ -11,9 +11,9 @@ from gradwatch.errors import ConfigurationError, UnknownNameError
 from gradwatch.records import Parameter
 from gradwatch.reporters import comparison_page
 from gradwatch.reporters.compared import Comparison
-from gradwatch.reporters.comparison_data import charts
+from gradwatch.reporters.comparison_data import CELLS, charts
 from gradwatch.run import compare, load
-from tests.reporters.conftest import MakeRun
+from tests.reporters.conftest import MakeRun, named_parameters
 from tests.reporters.test_html import Outline
 
 
@@ -104,6 +104,16 @@ def test_a_run_whose_layers_were_smaller_is_below_one_in_the_heatmap(made_runs: 
 
     assert heatmap["z"][0][-1] < -3
     assert abs(heatmap["z"][-1][-1]) < 1
+
+
+def test_a_comparison_of_many_layers_keeps_its_page_small(made_runs: MakeRun) -> None:
+    names = named_parameters(tuple(f"encoder.layers.{i}" for i in range(900)))
+    drawn = charts(compare([made_runs(parameters=names, steps=150), made_runs("spike", parameters=names, steps=150)]))
+    (heatmap,) = (trace for trace in drawn["traces"] if trace["type"] == "heatmap")
+
+    assert sum(map(len, heatmap["z"])) <= CELLS
+    assert len(heatmap["x"]) == len(heatmap["z"][0]) + 1
+    assert heatmap["x"][-1] == 149.5
 
 
 def test_the_charts_of_a_comparison_are_one_below_the_other(made_runs: MakeRun) -> None:
