@@ -231,6 +231,18 @@ def test_misuse_is_refused_by_watch(actions: Any, model: Any, words: str, run_di
     gw.watch(model, optimizer, run_dir=run_dir).close()  # nothing is left in the way of the next try
 
 
+def test_what_no_remedy_takes_away_ends_the_run_with_its_cause(run_dir: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1), nn.Softmax(dim=1))
+
+    with pytest.raises(gw.StopTraining, match="Every gradient is exactly zero"):
+        train(model, "repair", run_dir, steps=300)
+
+    run = gw.load(run_dir)
+    assert run.actions()["action"].tolist() == ["Reinitialize", "Reinitialize", "Stop"]
+    assert "softmax" in run.findings()["cause"].iloc[-1]
+
+
 @pytest.mark.parametrize(("free", "level"), [(10**12, "INFO"), (10**4, "WARNING")])
 def test_a_rollback_says_what_it_costs_before_it_starts(
     free: int, level: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
