@@ -23,6 +23,8 @@ PLACES = ("memory", "disk")
 SKIPPED = 3
 #: Rules that call for it only where steps that were too large did the harm: the weights before them are good.
 _BY_CAUSE = ("dead", "dying_relu", "vanishing")
+#: What the rate is multiplied by then, at most: a loss that leaps tells how far it is off, units that die do not.
+_KILLED = 0.1
 
 
 class Rollback(BetweenStepsAction):
@@ -38,7 +40,7 @@ class Rollback(BetweenStepsAction):
         where: `memory` (host memory) or `disk` (in the run directory, deleted at the end).
         factor: Multiply the learning-rate factor by this each time, or by less where the loss shot up: gradient descent
             on a quadratic of curvature c multiplies the error by |1 - rate c|, so a loss that grew r-fold in a step
-            asks for a rate that is 1 + sqrt(r) times smaller. 1 leaves the rate.
+            asks for a rate that is 1 + sqrt(r) times smaller; a tenth at most where units died of it. 1 leaves it.
         min_factor: The factor never falls below this.
         on: Rules that call for it.
         cooldown: Steps between two rollbacks.
@@ -100,6 +102,7 @@ class Rollback(BetweenStepsAction):
             return None
         factor = min(self.factor, 1.0 / (1.0 + math.sqrt(state.growth))) if self.factor < 1.0 else 1.0
         factor = sound_factor(finding, factor) if factor < 1.0 else factor
+        factor = min(factor, _KILLED) if finding.rule in _BY_CAUSE and factor < 1.0 else factor
         after = min(state.lr_factor, max(state.lr_factor * factor, self.min_factor))
         return Due(
             self,

@@ -145,7 +145,7 @@ def test_units_that_steps_killed_come_back_with_the_weights_before(
 ) -> None:
     finding = sick("dead", step=first_step, evidence={"cause_id": cause})
 
-    assert (factor_of(Rollback(), finding, RunState(began=100)) is not None) == is_due
+    assert factor_of(Rollback(), finding, RunState(began=100)) == (0.1 if is_due else None)
 
 
 # -- Reinitialize ------------------------------------------------------------------------------------------------------
