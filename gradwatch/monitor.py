@@ -98,8 +98,8 @@ class Monitor:
         self._tell("steps", batch)
         if not self.policy.between:
             return None
-        following, losses = int(batch.step[-1]) + 1, batch.metric("loss")
-        due = self.faults.call("actions", self.policy.decide, following, findings, losses, default=None)
+        following, losses, rates = int(batch.step[-1]) + 1, batch.metric("loss"), batch.metric("lr")
+        due = self.faults.call("actions", self.policy.decide, following, findings, losses, rates, default=None)
         for record in self.policy.take_news():
             self.record_action(record)
         return due

@@ -269,6 +269,8 @@ class RunState:
 
     Args:
         lr_factor: gradwatch's own factor on the learning rate.
+        rate: The last learning rate, without the factor; NaN while unknown.
+        rates: Of the last 1,000 steps, every tenth step and the rate just before it, with the factor.
         last_applied: Action name to the step at which it was last applied.
         times: Action name to how often it was applied.
         well_since: The first step of the present stretch without an open finding; None while one is open.
@@ -288,6 +290,8 @@ class RunState:
     """
 
     lr_factor: float = 1.0
+    rate: float = math.nan
+    rates: list[tuple[int, float]] = field(default_factory=list)
     last_applied: dict[str, int] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
     well_since: int | None = 0

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gradwatch.actions.base import RunState
@@ -20,6 +20,8 @@ WINDOW = 60
 FALL = 0.05
 #: ... and so does a loss that is below this share of the first one: bad weights begin above a constant's loss.
 WELL_BELOW = 0.5
+#: Steps between the learning rates that are remembered, and how many are.
+EVERY, KEPT = 10, 100
 #: A loss that grows by more than this in one step leaps.
 LEAP = 3.0
 
@@ -78,6 +80,15 @@ class Course:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._recent, self._first = deque(state["recent"], maxlen=WINDOW), list(state["first"])
+
+
+def take_rates(step: int, rates: Sequence[float], state: RunState) -> None:
+    """Take the learning rates of the steps before `step`: the last, and those before every tenth step."""
+    for following, rate in enumerate(rates, start=step - len(rates) + 1):
+        if rate > 0:
+            state.rate = float(rate)
+            if following % EVERY == 0:
+                state.rates = [*state.rates[-KEPT:], (following, state.rate * state.lr_factor)]
 
 
 def is_well_below(loss: float, first: float, share: float = WELL_BELOW) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from gradwatch.actions.base import Action, BetweenStepsAction, Due, InStepAction, RunState, keys_of
-from gradwatch.actions.course import Course
+from gradwatch.actions.course import Course, take_rates
 from gradwatch.actions.lr import DecayLR
 from gradwatch.actions.presets import Ladder, chosen
 from gradwatch.actions.probation import Probation
@@ -84,15 +84,19 @@ class Policy:
         self._news: list[ActionRecord] = []
         self._count = 0
 
-    def decide(self, step: int, findings: Iterable[Finding], losses: Iterable[float] = ()) -> Due | None:
+    def decide(
+        self, step: int, findings: Iterable[Finding], losses: Iterable[float] = (), rates: Sequence[float] = ()
+    ) -> Due | None:
         """The action due before `step`.
 
         Args:
             step: The next step.
             findings: Those that opened, changed or resolved since the last call.
             losses: Of the steps since the last call.
+            rates: Learning rates of these steps, without gradwatch's factor.
         """
         self._follow(step, findings)
+        take_rates(step, rates, self.state)
         known = list(losses)
         # Losses of steps before the present weights say nothing about them.
         self._course.take(known[max(0, len(known) - max(0, step - self._fresh_from)) :], self.state)

@@ -23,6 +23,8 @@ PLACES = ("memory", "disk")
 SKIPPED = 3
 #: Rules that call for it only where steps that were too large did the harm: the weights before them are good.
 _BY_CAUSE = ("dead", "dying_relu", "vanishing")
+#: A schedule has raised the rate when it is this many times what it was at the snapshot.
+RISEN = 2.0
 #: What the rate is multiplied by then, at most: a loss that leaps tells how far it is off, units that die do not.
 _KILLED = 0.1
 
@@ -41,6 +43,7 @@ class Rollback(BetweenStepsAction):
         factor: Multiply the learning-rate factor by this each time, or by less where the loss shot up: gradient descent
             on a quadratic of curvature c multiplies the error by |1 - rate c|, so a loss that grew r-fold in a step
             asks for a rate that is 1 + sqrt(r) times smaller; a tenth at most where units died of it. 1 leaves it.
+            Where the schedule has raised the rate since the snapshot, it begins from what it was there.
         min_factor: The factor never falls below this.
         on: Rules that call for it.
         cooldown: Steps between two rollbacks.
@@ -103,7 +106,9 @@ class Rollback(BetweenStepsAction):
         factor = min(self.factor, 1.0 / (1.0 + math.sqrt(state.growth))) if self.factor < 1.0 else 1.0
         factor = sound_factor(finding, factor) if factor < 1.0 else factor
         factor = min(factor, _KILLED) if finding.rule in _BY_CAUSE and factor < 1.0 else factor
-        after = min(state.lr_factor, max(state.lr_factor * factor, self.min_factor))
+        backs = state.failed(self.name, finding.rule)
+        lowered = min(state.lr_factor * factor, self._of_then(finding.first_step, backs, state) * factor)
+        after = min(state.lr_factor, max(lowered, self.min_factor))
         return Due(
             self,
             f"back to the last good snapshot because of {finding.rule}, learning rate scaled by {after:.4g}",
@@ -112,8 +117,14 @@ class Rollback(BetweenStepsAction):
             after=after,
             lr_factor=after,
             until_step=finding.first_step,
-            backs=state.failed(self.name, finding.rule),
+            backs=backs,
         )
+
+    def _of_then(self, until_step: int, backs: int, state: RunState) -> float:
+        """The factor at which the present rate is that of the snapshot, where the schedule has raised it since."""
+        snapshot = until_step // self.every * self.every - backs * self.every
+        then = next((rate for step, rate in reversed(state.rates) if step <= snapshot), math.nan)
+        return then / state.rate if RISEN * then < state.rate * state.lr_factor else state.lr_factor
 
     def config(self) -> dict[str, Any]:
         """See `Action.config`."""

@@ -9,7 +9,7 @@ import pytest
 
 from gradwatch.actions import DecayLR, Ladder, RaiseLR, Reinitialize, Restructure, Rollback
 from gradwatch.actions.base import RunState
-from gradwatch.actions.course import Course
+from gradwatch.actions.course import Course, take_rates
 from gradwatch.actions.policy import Policy
 from gradwatch.errors import ConfigurationError
 from gradwatch.records import Finding
@@ -120,6 +120,17 @@ def test_the_first_leap_of_the_loss_tells_how_much_too_high_the_rate_is() -> Non
 
     assert state.growth == pytest.approx(9.0)
     assert factor_of(Rollback(), sick("divergence", step=199), state) == pytest.approx(1 / (1 + math.sqrt(9.0)))
+
+
+@pytest.mark.parametrize(("before", "now", "factor"), [(0.1, 0.1, 0.5), (0.1, 10.0, 0.005), (0.1, 0.15, 0.5)])
+def test_a_rollback_goes_on_from_the_rate_at_the_snapshot_where_it_has_risen(
+    before: float, now: float, factor: float
+) -> None:
+    state = RunState()
+    take_rates(100, [before] * 100, state)
+    take_rates(103, [now] * 3, state)
+
+    assert factor_of(Rollback(), sick("divergence", step=102), state) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(
