@@ -80,7 +80,7 @@ def verdict(played: Played, clean: Played, plain: list[str], run_dir: Path, faul
         fault: What was injected.
     """
     wrong = harm(played, plain, fault)
-    if played.error is None or fault.site.moment != "watch":
+    if played.has_begun:
         wrong += _record(run_dir, played, fault)
     return wrong + (_rest(played, clean) if played.error is None and fault.kind != "interrupt" else [])
 
@@ -93,14 +93,13 @@ def harm(played: Played, plain: list[str], fault: Fault) -> list[str]:
     if states != plain[: len(states)]:
         step = next(k for k, state in enumerate(states) if state != plain[k]) - 1
         wrong.append(f"differs: from step {step}")
-    has_begun = site.moment != "watch" or len(played.digests) > 1
-    if not has_begun and played.error is not None and played.digests[-1] != plain[0]:
+    if not played.has_begun and played.digests[-1] != plain[0]:
         wrong.append("differs: `watch` failed and left other state than it found")
     if kind == "interrupt":
         # At the end of the interpreter nobody is left to take it.
         if site.moment != "exit" and not isinstance(played.error, KeyboardInterrupt):
             wrong.append(f"swallowed: an interrupt, {played.error!r}")
-    elif played.error is not None and has_begun:
+    elif played.error is not None and played.has_begun:
         wrong.append(f"raised: {type(played.error).__name__}: {played.error}")
     if played.is_blocked:
         wrong.append("blocked: the loop waited for a thread that hung")
@@ -151,4 +150,4 @@ def _rest(played: Played, clean: Played) -> list[str]:
 
 
 def _suffice(well: list[bool], part: str, failed: set[str]) -> bool:
-    return any(well) if any(each.startswith(part) for each in failed) else all(well)
+    return sum(well) >= len(well) - sum(each.startswith(part) for each in failed)

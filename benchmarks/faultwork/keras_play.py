@@ -28,19 +28,19 @@ SCENES: dict[str, dict[str, Any]] = {
 class _Clock(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no types
     """Tells the moment, and keeps the state at the end of each epoch, when all backends have it in the variables."""
 
-    def __init__(self, moment: Moment, digests: list[str]) -> None:
+    def __init__(self, moment: Moment, played: Played) -> None:
         super().__init__()
-        self._moment, self._digests = moment, digests
+        self._moment, self._played = moment, played
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._moment.now = "watch"
+        self._moment.now, self._played.has_begun = "watch", False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._moment.now = "steady" if epoch else "first"
+        self._moment.now, self._played.has_begun = "steady" if epoch else "first", True
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         now, self._moment.now = self._moment.now, ""
-        self._digests.append(digest(self._model))
+        self._played.digests.append(digest(self._model))
         self._moment.now = now
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -65,11 +65,11 @@ def built() -> keras.Model:
     return model
 
 
-def fit(model: keras.Model, moment: Moment, digests: list[str], *callbacks: Any) -> None:
+def fit(model: keras.Model, moment: Moment, played: Played, *callbacks: Any) -> None:
     """Train it; its state is kept at first and after each epoch."""
     rows = np.random.default_rng(0).normal(size=(BATCHES * BATCH, 7)).astype(np.float32)
-    digests.append(digest(model))
-    own = [_Clock(moment, digests), *callbacks]
+    played.digests.append(digest(model))
+    own = [_Clock(moment, played), *callbacks]
     try:
         model.fit(rows[:, :6], rows[:, 6], batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=own)
     finally:
@@ -81,9 +81,9 @@ class KerasStage(Stage):
 
     def __init__(self) -> None:
         super().__init__(())
-        digests: list[str] = []
-        fit(built(), Moment(), digests)
-        self.plain = dict.fromkeys(SCENES, digests)
+        unwatched = Played()
+        fit(built(), Moment(), unwatched)
+        self.plain = dict.fromkeys(SCENES, unwatched.digests)
         self.clean = {name: self._clean(name) for name in SCENES}
 
     def play(self, scene: str, run_dir: Path, loop: Loop) -> Played:
@@ -100,7 +100,7 @@ class KerasStage(Stage):
     def _fit(self, scene: str, run_dir: Path, played: Played) -> Any:
         watch, model = GradWatch(run_dir=run_dir, **settings(played.heard), **SCENES[scene]), built()
         try:
-            fit(model, self.moment, played.digests, watch)
+            fit(model, self.moment, played, watch)
         except BaseException as error:  # noqa: BLE001 -- whatever comes out is what we look for
             played.error = error.with_traceback(None)
             played.error.__context__ = None

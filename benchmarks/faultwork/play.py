@@ -43,6 +43,7 @@ class Played:
         logged: What gradwatch logged, level and text with traceback.
         leaks: What remained.
         is_blocked: Whether the loop waited for a thread that hung.
+        has_begun: Whether `watch` had returned, from when on nothing may be raised.
         steps: In the record, once somebody has looked.
         dropped: Steps that are known not to be there.
     """
@@ -54,6 +55,7 @@ class Played:
     logged: list[tuple[int, str]] = field(default_factory=list)
     leaks: list[str] = field(default_factory=list)
     is_blocked: bool = False
+    has_begun: bool = True
     steps: int = 0
     dropped: int = 0
 
@@ -162,10 +164,11 @@ def play(name: str, run_dir: Path, moment: Moment, loop: Loop | None = None) -> 
 def _play(name: str, run_dir: Path, moment: Moment, played: Played, loop: Loop) -> Any:
     torch.manual_seed(0)
     scene = SCENES[name]()
-    watcher = None
+    watcher, played.has_begun = None, False
     try:
         moment.now = "watch"
         watcher = watch(scene, run_dir, played.heard)
+        played.has_begun = True
         played.digests.append(scene.digest())
         for k in range(STEPS):
             moment.now = "first" if k < WARM_UP else "steady"
