@@ -289,6 +289,8 @@ class Injector:
         is_ours = event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
         caller = {"call": frame.f_back, "c_call": frame}.get(event) if not is_ours else None
         if self.fired == 1 and self._then and caller is not None and caller.f_code.co_filename.startswith(PACKAGE):
+            if _begins(caller.f_code).get(caller.f_lasti) not in instructions(caller.f_code):
+                return
             self._then -= 1
             if not self._then:
                 self.fired = 2
