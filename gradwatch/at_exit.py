@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import sys
 import weakref
 from collections.abc import Callable
 from typing import Protocol
+
+logger = logging.getLogger("gradwatch")
 
 
 class Closable(Protocol):
@@ -21,11 +24,16 @@ def close_at_exit(watcher: Closable) -> Callable[[], None]:
     reference = weakref.ref(watcher)
 
     def close() -> None:
-        alive = reference()
-        if alive is not None:
-            # The interpreter leaves the exception that ended it here before it runs what was registered with atexit.
-            error = getattr(sys, "last_value", None)
-            alive.close("crashed", f"{type(error).__name__}: {error}") if error else alive.close()
+        # The interpreter leaves the exception that ended it here before it runs what was registered with atexit.
+        for _ in (1, 2):
+            try:
+                alive, error = reference(), getattr(sys, "last_value", None)
+                if alive is not None:
+                    alive.close("crashed", f"{type(error).__name__}: {error}") if error else alive.close()
+            except Exception:
+                logger.exception("gradwatch: could not end the record at the end of the interpreter; once more")
+            else:
+                break
 
     atexit.register(close)
     return close

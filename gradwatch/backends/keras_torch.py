@@ -133,8 +133,7 @@ class TorchTap(Tap):
         measure = torch.compiler.disable(self._measured)
 
         def apply(grads: Sequence[Tensor | None], trainable_variables: Sequence[Any] | None = None) -> Any:
-            variables = optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
-            new, skip = measure(number, optimizer, list(grads), variables)
+            new, skip = measure(number, optimizer, grads, trainable_variables)
             if skip:
                 return None
             return original(new if self.rule.acts else grads, trainable_variables)
@@ -142,17 +141,24 @@ class TorchTap(Tap):
         return apply
 
     def _measured(
-        self, number: int, optimizer: Any, grads: list[Tensor | None], variables: Sequence[Any]
-    ) -> tuple[list[Tensor | None], bool]:
-        unchanged = (grads, False)
+        self, number: int, optimizer: Any, grads: Sequence[Tensor | None], variables: Sequence[Any] | None
+    ) -> tuple[Sequence[Tensor | None], bool]:
+        return self.faults.call(
+            "keras tap", self._looked_at, number, optimizer, grads, variables, default=(grads, False)
+        )
+
+    def _looked_at(
+        self, number: int, optimizer: Any, given: Sequence[Tensor | None], named: Sequence[Any] | None
+    ) -> tuple[Sequence[Tensor | None], bool]:
+        grads, variables = list(given), optimizer._trainable_variables if named is None else list(named)
         if not grads or len(grads) != len(variables) or self.columns is None:
-            return unchanged
+            return grads, False
         if self.on_step is not None:
             self.on_step(number)
         if not optimizer.built and (self.rule.acts or is_loss_scaled(optimizer)):
             optimizer.build(variables)
             optimizer.built = True
-        return self.faults.call("keras tap", self._measure, number, optimizer, grads, variables, default=unchanged)
+        return self._measure(number, optimizer, grads, variables)
 
     @torch.no_grad()
     def _measure(

@@ -153,7 +153,7 @@ class TorchWatcher(Watcher):
             return None
         self._running_closure = step
         step.counters = KeptCounters(optimizer) if self._in_step.can_skip else None
-        return telling(args, kwargs, partial(self._evaluated, step, row))
+        return telling(args, kwargs, partial(self._evaluated, step, row), self.safely.failed)
 
     def _evaluated(self, step: Step, row: Row) -> None:
         if not step.evaluations:  # the closure runs no backward pass of its own

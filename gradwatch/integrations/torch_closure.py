@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gradwatch.errors import StopTraining
+
 Closure = Callable[[], Any]
 
 
@@ -15,14 +17,22 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
 
 
 def telling(
-    args: tuple[Any, ...], kwargs: dict[str, Any], evaluated: Callable[[], None]
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    evaluated: Callable[[], None],
+    failed: Callable[[Exception], None],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with a closure that calls `evaluated` behind each evaluation."""
+    """The arguments with a closure that calls `evaluated` behind each evaluation; `failed` takes what that raises."""
     closure = closure_of(args, kwargs)
 
     def evaluate() -> Any:
         result = closure() if closure is not None else None
-        evaluated()
+        try:
+            evaluated()
+        except StopTraining:
+            raise
+        except Exception as error:  # noqa: BLE001 -- nothing of ours may break the step
+            failed(error)
         return result
 
     return ((args[0], evaluate, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": evaluate})
