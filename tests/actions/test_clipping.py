@@ -58,6 +58,12 @@ def test_zclip_clips_to_the_further_limit_while_it_warms_up() -> None:
     assert scales(ZClip(max_norm=1.0), [4.0, 0.5]) == pytest.approx([0.25, 1.0], rel=1e-6)
 
 
+def test_clip_per_layer_scales_each_parameter_by_its_own_norm() -> None:
+    decision = Clip(per_layer=2.0).decide(np.array([4.0, 2.5, 1.0, 0.0]), (), np)
+
+    assert decision.scale == pytest.approx([2.0 / (4.0 + EPSILON), 2.0 / (2.5 + EPSILON), 1.0, 1.0], rel=1e-12)
+
+
 @pytest.mark.parametrize("percentile", [10.0, 50.0, 97.5])
 def test_autoclip_follows_its_paper_step_for_step(percentile: float) -> None:
     norms = recorded_norms()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gradwatch.actions import DecayLR, Rollback, RunState
+from gradwatch.actions import DecayLR, Reinitialize, Rollback, RunState
 from gradwatch.actions.course import Course
 from gradwatch.actions.trial import Trial
 from gradwatch.records import ActionRecord, Finding, Severity
@@ -170,6 +170,21 @@ def test_a_rollback_waits_for_a_warning_to_stand_and_not_for_a_critical_finding(
     assert action.respond(standing(first_step=90), 109, RunState()) is None
     assert action.respond(standing(first_step=90), 110, RunState()) is not None
     assert action.respond(standing(severity="critical", first_step=90), 91, RunState()) is not None
+
+
+@pytest.mark.parametrize(
+    ("rule", "layers", "words"),
+    [("dead", ("a", "b"), "layers a, b initialised again"), ("vanishing", (), "all layers initialised again")],
+)
+def test_new_weights_go_to_dead_layers_alone_and_to_all_where_the_signal_fades(
+    rule: str, layers: tuple[str, ...], words: str
+) -> None:
+    finding = Finding(f"{rule}:90", rule, "critical", 90, 90, layers=("a", "b"))
+
+    due = Reinitialize().respond(finding, 101, RunState())
+
+    assert due is not None
+    assert (due.layers, due.detail.partition(" (")[0]) == (layers, words)
 
 
 def test_a_rollback_never_raises_the_rate_and_keeps_it_with_factor_one() -> None:
