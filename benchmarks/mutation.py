@@ -312,7 +312,7 @@ def main() -> None:
     sample = random.Random(arguments.seed).sample(every, min(arguments.mutants, len(every)))  # noqa: S311 -- no secret
     last = json.loads(RESULT.read_text()) if arguments.again else {}
     if arguments.again:
-        sample = random.Random(last["seed"]).sample(every, len(last["mutants"]))  # noqa: S311 -- no secret
+        sample = random.Random(last["seed"]).sample(every, last["asked"])[: len(last["mutants"])]  # noqa: S311 -- no secret
         for mutant, old in zip(sample, last["mutants"], strict=True):
             if (mutant.file, mutant.before, mutant.after) != (old["file"], old["before"], old["after"]):
                 sys.exit(f"{mutant.file} has changed since the last result: measure anew")
@@ -333,6 +333,7 @@ def main() -> None:
     numbers = show(sample, population)
     kept = [{k: v for k, v in vars(mutant).items() if k != "changed"} for mutant in sample]
     result = {"machine": machine("mutmut", "torch", "pytest"), "seed": last.get("seed", arguments.seed), **numbers}
+    result["asked"] = last.get("asked", arguments.mutants)
     RESULT.write_text(json.dumps({**result, "population": len(every), "mutants": kept}, indent=1) + "\n")
 
 
