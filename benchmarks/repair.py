@@ -8,10 +8,10 @@ A faulty run is repaired when it goes to its end in the same process, without re
 the fault by the case's own criterion: finite, no blow-up against the first loss, better than the best constant, and
 below 0.9 times the first loss. Two more count: where the study tells the loss after its own repair, finite and at most
 that / 0.95 (one study's targets are random numbers, which nothing predicts better than a constant does); where the same
-training without its fault is too short to beat the constant, at most its loss / 0.95. Steps that were skipped are no
-part of the training, if they are at most a tenth of that quarter. `heal` forks the training instead: it may take half
-as many steps for the search, and goes on from the best under `repair`. Runs that no change of rates, weights or steps
-can repair (each with its reason) count among all runs, and not among the repairable ones.
+training without its fault (its twin) is known, finite and at most the twin's loss / 0.95. Steps that were skipped are
+no part of the training, if they are at most a tenth of that quarter. `heal` forks the training instead: it may take
+half as many steps for the search, and goes on from the best under `repair`. Runs that no change of rates, weights or
+steps can repair (each with its reason) count among all runs, and not among the repairable ones.
 
 A healthy run is harmed when its final loss is more than 5 % worse than without gradwatch. Where the recorded run holds
 nothing that the policy would clip, skip or act on, the watched run is the same bit for bit: only one in twenty of those

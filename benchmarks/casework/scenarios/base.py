@@ -60,7 +60,7 @@ def faulty(
         constant: Loss of the best constant predictor, for `ends="stuck"`; without it the first loss.
         beyond: Why nothing that changes rates, weights or steps can repair it: what would have to change (the
             `architecture`, the `precision`, the `program`), a colon, and why.
-        twin: The same training without the fault, where its steps are too few to beat the constant even so.
+        twin: The same training without the fault, where its own loss is noisy or its steps are few.
         name: Id, by default the function's name.
         arguments: Passed to the function, so that one function may serve several scenarios.
     """

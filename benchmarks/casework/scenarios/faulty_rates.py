@@ -93,7 +93,22 @@ def rate_high_transformer_no_warmup() -> Training:
     return supervised(model, optimizer, passages(16, 32), flat_cross_entropy, steps=250)
 
 
-@faulty("exploding", "nan", "oscillating", ends="blow_up", rules=EXPLODES, causes=RATE)
+def _steady_mlp(momentum: float) -> Training:
+    model = mlp(64, 64, 64, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
+    return supervised(model, optimizer, epochs(*digits(), size=32), steps=500)
+
+
+def _steady_cnn() -> Training:
+    model = cnn()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return supervised(model, optimizer, epochs(*mnist(), size=32), steps=450)
+
+
+@faulty(
+    "exploding", "nan", "oscillating",
+    ends="blow_up", rules=EXPLODES, causes=RATE, twin=lambda: _steady_mlp(0.0),
+)  # fmt: skip
 def rate_ramp_sgd() -> Training:
     """A scheduler with the wrong sign: the rate grows by 2 % a step from a good one."""
     model = mlp(64, 64, 64, 10)
@@ -101,14 +116,20 @@ def rate_ramp_sgd() -> Training:
     return supervised(model, optimizer, epochs(*digits(), size=32), steps=500, rate=lambda k: 0.05 * 1.02**k)
 
 
-@faulty("exploding", "nan", "oscillating", "dying_relu", "stalled", ends="blow_up", rules=LEARNS_NOTHING, causes=RATE)
+@faulty(
+    "exploding", "nan", "oscillating", "dying_relu", "stalled",
+    ends="blow_up", rules=LEARNS_NOTHING, causes=RATE, twin=_steady_cnn,
+)  # fmt: skip
 def rate_ramp_adam_cnn() -> Training:
     model = cnn()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     return supervised(model, optimizer, epochs(*mnist(), size=32), steps=450, rate=lambda k: 1e-3 * 1.025**k)
 
 
-@faulty("exploding", "nan", "oscillating", "stalled", ends="sudden", rules=LEARNS_NOTHING, causes=RATE)
+@faulty(
+    "exploding", "nan", "oscillating", "stalled",
+    ends="sudden", rules=LEARNS_NOTHING, causes=RATE, twin=lambda: _steady_mlp(0.9),
+)  # fmt: skip
 def rate_steps_up() -> Training:
     """At step 300 the rate is multiplied by 200 where it should have been divided by ten."""
     model = mlp(64, 64, 64, 10)
