@@ -116,7 +116,8 @@ def trained(case: Case, seed: int, policy: str) -> Run:
         run.findings = [(f.rule, f.evidence.get("cause_id", ""), f.first_step, f.resolved_step) for f in alarms]
         recorded = gw.load(Path(folder) / "run").actions()
         skipped = gw.load(Path(folder) / "run").metrics()["skipped"].to_numpy() > 0
-        run.actions = [(int(a.step), a.action, a.reason, a.outcome) for a in recorded.itertuples()]
+        told = recorded.to_dict("records")
+        run.actions = [(int(a["step"]), str(a["action"]), str(a["reason"]), str(a["outcome"])) for a in told]
         if watcher.faults.messages:
             raise RuntimeError(f"{case.id}: {watcher.faults.messages}")
     run.seconds, run.steps = time.process_time() - started, len(losses)
