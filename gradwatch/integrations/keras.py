@@ -77,9 +77,13 @@ class GradWatch(keras.callbacks.Callback):  # type: ignore[misc]  # Keras has no
             settings = dataclasses.replace(settings, run_dir=self._last.run_dir, resume=True, overwrite=False)
         # `self.model` would make the JAX trainer write its whole state back.
         self._session = Session(self._model, settings, watcher_state=self._state, stop=self._stop)
-        self._last = self._session.watcher
-        self._fit = Fit()
-        _watching.add(self)
+        try:
+            self._last = self._session.watcher
+            self._fit = Fit()
+            _watching.add(self)
+        except BaseException:
+            self._end("crashed", "could not begin")
+            raise
 
     def end_if_left(self) -> None:
         """End the record of a `fit` that was interrupted and so could not say that it ended."""
