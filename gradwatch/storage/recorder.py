@@ -172,7 +172,7 @@ class Recorder:
             logger.error("gradwatch: the disk does not answer; %s is left as it is", self.store.path)
             return
         trouble = self._trouble
-        lost = self.waiting_steps
+        lost = max(0, self.waiting_steps)  # what was taken twice, after a failure, was counted twice
         self.lost_steps, self._taken_steps = self.lost_steps + lost, self._taken_steps + lost
         trouble.guard("events", self._mark_thinning)
         for _ in range(3):
