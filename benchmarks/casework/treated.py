@@ -114,7 +114,7 @@ def trained(case: Case, seed: int, policy: str) -> Run:
         watcher.close()
         alarms = [finding for finding in watcher.findings if finding.severity != "info"]
         run.findings = [(f.rule, f.evidence.get("cause_id", ""), f.first_step, f.resolved_step) for f in alarms]
-        recorded = gw.load(Path(folder) / "run").actions()
+        recorded: Any = gw.load(Path(folder) / "run").actions()
         skipped = gw.load(Path(folder) / "run").metrics()["skipped"].to_numpy() > 0
         told = recorded.to_dict("records")
         run.actions = [(int(a["step"]), str(a["action"]), str(a["reason"]), str(a["outcome"])) for a in told]

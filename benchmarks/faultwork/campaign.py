@@ -85,7 +85,7 @@ class Stage:
         run_dir, loop, wrong = self.folder / f"run-{next(self._numbers)}", Loop(), []
         error, scene = KINDS[injection.kind], injection.scene
         hit = partial(strike, injection.kind, loop)
-        arguments = {"nth": injection.nth, "then": injection.then, "error": error and type(error)}
+        arguments: dict[str, Any] = {"nth": injection.nth, "then": injection.then, "error": error and type(error)}
         with Injector(injection.site, self.moment, hit, **arguments) as injector:
             played = self.play(scene, run_dir, loop)
         if injector.fired:
