@@ -64,7 +64,7 @@ lint: $(READY) ## Check format, lint rules, types, security and sizes
 	$(BIN)/ruff format --check --diff .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/bandit --quiet --recursive gradwatch --configfile pyproject.toml
 	$(BIN)/python tests/sizes.py
 

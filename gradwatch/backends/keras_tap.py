@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import keras
@@ -77,7 +78,8 @@ class Tap(ABC):
         base = base_of(optimizer)
         if self.scales_lr:
             current = base._get_current_learning_rate
-            yield base, "_get_current_learning_rate", lambda: current() * self.lr_factor()
+            factor = partial(self.faults.call, "keras rate", self.lr_factor, default=1.0)
+            yield base, "_get_current_learning_rate", lambda: current() * factor()
 
     @abstractmethod
     def _entry(self, number: int, optimizer: Any, original: Callable[..., Any]) -> Callable[..., Any]:
