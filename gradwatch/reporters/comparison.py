@@ -126,7 +126,7 @@ class Alignment:
         """How the layers of each run compare with those of the first.
 
         Returns:
-            Index layer (those common to all runs); per run its median norm, and from the second on the ratio of the
+            Index layer (those of the first run); per run its median norm, and from the second on the ratio of the
             medians to the first's.
         """
         medians = {}

@@ -22,6 +22,8 @@ _LINES, _ROW, _GAP = 190, 15, 58
 _METRICS = (("loss", "loss"), ("global_norm", "global gradient norm"))
 #: Violet below, orange above, white where equal: PuOr of ColorBrewer, safe for the colour-blind.
 _COLOURS = [[0.0, "#542788"], [0.25, "#b2abd2"], [0.5, "#f7f7f7"], [0.75, "#fdb863"], [1.0, "#b35806"]]
+#: The same on a dark page: the middle as dark as that, the ends bright.
+_DARK_COLOURS = [[0.0, "#c4b5f5"], [0.25, "#6b55a8"], [0.5, "#1b2130"], [0.75, "#a8620f"], [1.0, "#ffb35c"]]
 
 
 def charts(compared: Alignment) -> dict[str, Any]:
@@ -87,7 +89,8 @@ class _Drawn:
         }  # fmt: skip
         self.traces.append({
             "type": "heatmap", "x": _plain(edges), "z": [_plain(row.round(2)) for row in ratio.T], "layers": shown,
-            "zmin": -limit, "zmax": limit, "colorscale": _COLOURS, "showscale": False, "hoverongaps": False,
+            "zmin": -limit, "zmax": limit, "colorscale": _COLOURS, "darkscale": _DARK_COLOURS, "showscale": False,
+            "hoverongaps": False,
             "hovertemplate": "step %{x}<br>%{text}<extra></extra>", **axis,
         })  # fmt: skip
 

@@ -19,7 +19,9 @@
       legend: { orientation: "h", y: 1.01, yanchor: "bottom" }, modebar: { bgcolor: "rgba(0,0,0,0)", color: faint, activecolor: ink } };
   };
 
+  const painted = () => traces.map((t) => (dark.matches && t.darkscale ? { ...t, colorscale: t.darkscale } : t));
+
   document.documentElement.classList.add("js");
-  Plotly.newPlot("compared", traces, coloured(), options);
-  dark.addEventListener("change", () => Plotly.react("compared", traces, coloured(), options));
+  Plotly.newPlot("compared", painted(), coloured(), options);
+  dark.addEventListener("change", () => Plotly.react("compared", painted(), coloured(), options));
 })();
