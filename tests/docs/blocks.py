@@ -27,7 +27,19 @@ PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md")
 #: Commands that wait for a person, a server or the watched process; only their options are checked.
 ENDLESS = {"serve", "watchdog", "alert-test", "demo"}
 #: Programs of others, and of this repository's own development, that pages tell to run.
-OTHERS = {"ssh", "curl", "cd", "git", "export", ".ci/run", ".venv/bin/pre-commit", "jupyter", "twine", "tensorboard"}
+OTHERS = {
+    "nox",
+    "ssh",
+    "curl",
+    "cd",
+    "git",
+    "export",
+    ".ci/run",
+    ".venv/bin/pre-commit",
+    "jupyter",
+    "twine",
+    "tensorboard",
+}
 #: Title of a block to the one backend of Keras that it is for.
 BACKENDS = {"TensorFlow": "tensorflow", "PyTorch": "torch", "JAX": "jax"}
 _BLOCK = re.compile(
