@@ -108,12 +108,17 @@ class Remembers:
         self.context = context
         for name, kept in self.memory.items():
             setattr(self, name, kept.fresh(context))
+        self.prepare(context)
 
     def grow(self, context: RunContext) -> None:
         """Go on with more parameters; layers may have come in between the old ones."""
         for name, kept in self.memory.items():
             setattr(self, name, kept.grown(getattr(self, name), self.context, context))
         self.context = context
+        self.prepare(context)
+
+    def prepare(self, context: RunContext) -> None:
+        """Work out what depends on the parameters alone; called by `begin` and `grow`."""
 
     def remembered(self) -> dict[str, Any]:
         """A copy of all state: numpy arrays and JSON types."""

@@ -64,14 +64,8 @@ class Pace(Remembers):
     looked = Kept(False)
     fresh = Kept(False)
 
-    def begin(self, context: RunContext) -> None:
-        """Forget everything."""
-        super().begin(context)
-        self.matrices = _matrices(context)
-
-    def grow(self, context: RunContext) -> None:
-        """Go on with more parameters."""
-        super().grow(context)
+    def prepare(self, context: RunContext) -> None:
+        """See `Remembers.prepare`."""
         self.matrices = _matrices(context)
 
     @property

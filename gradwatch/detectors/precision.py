@@ -58,17 +58,8 @@ class Underflow(Rule):
     since = Kept(0)
     highest_scale = Kept(0.0)
 
-    def begin(self, context: RunContext) -> None:
-        """Forget everything."""
-        super().begin(context)
-        self._sizes(context)
-
-    def grow(self, context: RunContext) -> None:
-        """Go on with more parameters."""
-        super().grow(context)
-        self._sizes(context)
-
-    def _sizes(self, context: RunContext) -> None:
+    def prepare(self, context: RunContext) -> None:
+        """See `Remembers.prepare`."""
         self._size = np.array([p.size if p.dtype in HALF else 0 for p in context.parameters], dtype=np.float64)
 
     def look(self, now: Signals) -> Sign | None:

@@ -33,14 +33,8 @@ class DepthProfile(Remembers):
     fit = Kept(0.0)
     fresh = Kept(False)
 
-    def begin(self, context: RunContext) -> None:
-        """Forget everything."""
-        super().begin(context)
-        self._place = _centred(len(context.layers))
-
-    def grow(self, context: RunContext) -> None:
-        """Go on with more layers."""
-        super().grow(context)
+    def prepare(self, context: RunContext) -> None:
+        """See `Remembers.prepare`."""
         self._place = _centred(len(context.layers))
 
     @property

@@ -42,17 +42,8 @@ class Scales(Remembers):
     factor = Kept(1.0)
     usual = Kept(math.nan)
 
-    def begin(self, context: RunContext) -> None:
-        """Forget everything."""
-        super().begin(context)
-        self._measures(context)
-
-    def grow(self, context: RunContext) -> None:
-        """Go on with more parameters."""
-        super().grow(context)
-        self._measures(context)
-
-    def _measures(self, context: RunContext) -> None:
+    def prepare(self, context: RunContext) -> None:
+        """See `Remembers.prepare`."""
         output = -1 if context.framework.startswith("keras") else 0
         is_matrix = [len(p.shape) >= 2 and p.size > 0 and any(k in p.kind for k in KINDS) for p in context.parameters]
         self._matrices: Mask = np.array(is_matrix, dtype=bool)

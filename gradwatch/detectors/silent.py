@@ -110,15 +110,13 @@ class Unused(Rule):
     steps = PerParameter(0)
     done = Kept(False)
 
-    def begin(self, context: RunContext) -> None:
-        """Forget everything."""
-        super().begin(context)
-        self._trainable = np.array([p.trainable for p in context.parameters], dtype=bool)
-
     def grow(self, context: RunContext) -> None:
         """Go on with more parameters."""
         super().grow(context)
         self.done = False
+
+    def prepare(self, context: RunContext) -> None:
+        """See `Remembers.prepare`."""
         self._trainable = np.array([p.trainable for p in context.parameters], dtype=bool)
 
     def look(self, now: Signals) -> Sign | None:

@@ -169,17 +169,8 @@ class Stall(Rule):
     count = PerLayer(0)
     since = Kept(0)
 
-    def begin(self, context: RunContext) -> None:
-        """Forget everything."""
-        super().begin(context)
-        self._limits(context)
-
-    def grow(self, context: RunContext) -> None:
-        """Go on with more parameters."""
-        super().grow(context)
-        self._limits(context)
-
-    def _limits(self, context: RunContext) -> None:
+    def prepare(self, context: RunContext) -> None:
+        """See `Remembers.prepare`."""
         self._coarse = np.zeros(len(context.layers), dtype=bool)
         for parameter, layer in zip(context.parameters, context.layers.of_parameter, strict=True):
             self._coarse[layer] |= parameter.dtype in ("bfloat16", "float16")
