@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from gradwatch.backends.torch_hooks import Handle
+from gradwatch.backends.torch_hooks import Handle, put
 from gradwatch.backends.torch_model import clean_name, is_compiled
 from gradwatch.errors import ModelError
 from gradwatch.records import MODULE_STATISTICS, NOT_MEASURED
@@ -80,8 +80,7 @@ class ActivationSampler:
         if not self._handles:
             for place, module in enumerate(self._modules.values()):
                 hook = self._hook(place, type(module).__name__)
-                self._handles += [Handle(module, "_forward_hooks", hook)]
-                module.register_forward_hook(hook)
+                put(self._handles, module, "_forward_hooks", module.register_forward_hook, hook)
 
     def disarm(self) -> None:
         """Take the hooks away."""

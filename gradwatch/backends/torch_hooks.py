@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 
@@ -23,3 +24,9 @@ class Handle:
         ours, hooks = self._hook(), getattr(self._owner(), self._kind, None) or {}
         for key in [key for key, hook in hooks.items() if hook is ours]:
             del hooks[key]
+
+
+def put(handles: list[Handle], owner: Any, kind: str, register: Callable[[Any], object], hook: Any) -> None:
+    """Put a hook on its owner with `register`, once its handle is among the handles."""
+    handles += [Handle(owner, kind, hook)]
+    register(hook)

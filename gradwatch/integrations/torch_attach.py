@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from gradwatch.backends import torch_taps
-from gradwatch.backends.torch_hooks import Handle
+from gradwatch.backends.torch_hooks import Handle, put
 from gradwatch.errors import ModelError, StopTraining
 
 if TYPE_CHECKING:
@@ -57,20 +57,15 @@ def _listen(
         _untraced(watcher.safely.hook(watcher.after_step), reference),
     )
     for optimizer in optimizers:
-        handles += [Handle(optimizer, "_optimizer_step_pre_hooks", before)]
-        optimizer.register_step_pre_hook(before)
-        handles += [Handle(optimizer, "_optimizer_step_post_hooks", after)]
-        optimizer.register_step_post_hook(after)
+        put(handles, optimizer, "_optimizer_step_pre_hooks", optimizer.register_step_pre_hook, before)
+        put(handles, optimizer, "_optimizer_step_post_hooks", optimizer.register_step_post_hook, after)
     if not optimizers:
         before, after = (_untraced(_weakly(reference, name), reference) for name in ("before_step", "after_step"))
-        handles += [Handle(sys.modules[Optimizer.__module__], "_global_optimizer_pre_hooks", before)]
-        register_optimizer_step_pre_hook(before)
-        handles += [Handle(sys.modules[Optimizer.__module__], "_global_optimizer_post_hooks", after)]
-        register_optimizer_step_post_hook(after)
+        everyone = sys.modules[Optimizer.__module__]
+        put(handles, everyone, "_global_optimizer_pre_hooks", register_optimizer_step_pre_hook, before)
+        put(handles, everyone, "_global_optimizer_post_hooks", register_optimizer_step_post_hook, after)
     if loss_fn is not None:
-        hook = LossHook(reference)
-        handles += [Handle(loss_fn, "_forward_hooks", hook)]
-        loss_fn.register_forward_hook(hook)
+        put(handles, loss_fn, "_forward_hooks", loss_fn.register_forward_hook, LossHook(reference))
 
 
 def _let_go(handles: Sequence[Handle], ear: Ear) -> None:
