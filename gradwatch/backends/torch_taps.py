@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad
 from torch.optim import Optimizer
 
@@ -40,7 +40,7 @@ class GradientListener(Protocol):
         """Telling failed; the training must not."""
 
 
-_REPEATABLE = (list, tuple, Tensor, nn.Parameter)
+_REPEATABLE = (list, tuple, Tensor)
 _listeners: list[GradientListener] = []
 _originals: list[tuple[Any, str, Any]] = []
 
@@ -100,7 +100,7 @@ def _clip_tap(original: Callable[..., Any]) -> Callable[..., Any]:
         parameters: Tensor | Iterable[Tensor], max_norm: float, total_norm: Tensor, foreach: bool | None = None
     ) -> Any:
         # Only what can be gone through once is copied, for that can fail.
-        held: Any = parameters if parameters.__class__ in _REPEATABLE else list(parameters)
+        held: Any = parameters if isinstance(parameters, _REPEATABLE) else list(parameters)
         try:
             for listener in tuple(_listeners):
                 listener.before_clip([held] if isinstance(held, Tensor) else held, max_norm, total_norm)

@@ -284,3 +284,17 @@ def test_what_was_usual_before_new_weights_is_forgotten() -> None:
 
 def no_units(action: Any, norms: Any) -> Any:
     raise AssertionError
+
+
+class OwnTensor(torch.Tensor):
+    """A type of parameter that torch does not know."""
+
+
+def test_one_parameter_of_a_type_of_its_own_is_clipped_as_without_us(run_dir: Path) -> None:
+    model = mlp()
+    weight = torch.ones(3, 2).as_subclass(OwnTensor).requires_grad_()
+    weight.grad = torch.ones(3, 2)
+    with watching(run_dir, model, torch.optim.SGD(model.parameters(), lr=0.1)):
+        nn.utils.clip_grads_with_norm_(weight, 1.0, torch.tensor(10.0))
+
+    torch.testing.assert_close(weight.grad, torch.full((3, 2), 0.1))
